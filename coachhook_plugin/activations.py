@@ -1,0 +1,65 @@
+"""Keys and values at the subject (MEMIT: `compute_ks.py`, `get_module_input_output_at_words`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .memory import working_precision
+from .tokens import Encoder, Request, Row, micro_batches
+from .trace import captured
+
+
+@torch.no_grad()
+def subject_keys(
+    model: nn.Module,
+    projection: nn.Module,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    prefixes: Sequence[str],
+    budget: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """K (m, u): the projection's input at the subject's last token, averaged over contexts.
+
+    Each column is the mean of the key in the plain prompt and the mean key over the prefixed prompts.
+    """
+    rows = [[encoder.prompt(prefix, request) for prefix in ("", *prefixes)] for request in requests]
+    columns = []
+    for chunk in micro_batches(rows, budget):
+        batch = encoder.batch([row for i in chunk for row in rows[i]], device)
+        with captured(projection, stop=True) as seen:
+            model(**batch.model_inputs())
+        keys = _at_subject(seen.input, batch.input_ids.shape, batch.subject)  # (b, m)
+        keys = working_precision(keys).view(len(chunk), 1 + len(prefixes), -1)
+        plain, prefixed = keys[:, 0], keys[:, 1:]
+        columns.append((plain + prefixed.mean(1)) / 2 if prefixes else plain)
+    return torch.cat(columns).T
+
+
+@torch.no_grad()
+def subject_values(
+    model: nn.Module,
+    block: nn.Module,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    budget: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """(d, u): what the block now answers at the subject's last token of the plain prompt."""
+    rows: list[list[Row]] = [[encoder.prompt("", request)] for request in requests]
+    columns = []
+    for chunk in micro_batches(rows, budget):
+        batch = encoder.batch([row for i in chunk for row in rows[i]], device)
+        with captured(block, stop=True) as seen:
+            model(**batch.model_inputs())
+        columns.append(working_precision(_at_subject(seen.output, batch.input_ids.shape, batch.subject)))
+    return torch.cat(columns).T
+
+
+def _at_subject(hidden: torch.Tensor, shape: torch.Size, subject: torch.Tensor) -> torch.Tensor:
+    """(b, T, x), or (b T, x) from blocks that flatten their tokens, to (b, x)."""
+    rows = hidden.view(*shape, hidden.shape[-1])
+    return rows[torch.arange(shape[0], device=rows.device), subject.to(rows.device)]

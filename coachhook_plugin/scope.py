@@ -1,0 +1,86 @@
+"""The editing scope: which tokens are answered by the hook layer (paper, section 3.3).
+
+For every token of a sequence, s = ||Wh k - W0 k||_2 and z is s standardised over the tokens of that sequence. A token
+whose z reaches alpha is inside the scope. Alpha falls to the smallest maximum seen among the prompts edited so far, so
+that every edited prompt stays inside.
+
+Policies the paper leaves open:
+
+* Padding takes no part: statistics run over the real tokens of a row, whatever its batch mates are.
+* The largest z that n tokens can reach is (n - 1) / sqrt(n), 2.04 for n = 6. A prompt is therefore asked for the lower
+  of alpha and `ratio` times that ceiling. Prompts for which alpha is the lower bound lower alpha; shorter ones lower
+  `ratio` and leave alpha alone.
+* One token has no deviation and two tokens always score -0.71 and 0.71: fewer than three tokens are outside. In
+  cached decoding the tokens of the prompt are judged together, and each generated one is outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIN_TOKENS = 3
+
+# A prompt that set alpha must pass it again in another batch layout, where sums round differently.
+ROUNDING_MARGIN = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What is asked of a token."""
+
+    alpha: float
+    ratio: float  # share of the attainable z, for sequences too short to reach alpha
+
+
+def z_scores(norms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Standardise s over the real tokens of each row, with the sample standard deviation.
+
+    Args:
+        norms: (b, T), s = ||Wh k - W0 k|| of each token.
+        mask: (b, T), True at real tokens.
+
+    Returns:
+        (b, T); -inf at padding, and throughout rows with fewer than three tokens or no deviation.
+    """
+    s = norms.double() if norms.device.type != "mps" else norms.float()  # (b, T)
+    s = s.masked_fill(~mask, 0.0)
+    n = mask.sum(-1, keepdim=True)  # (b, 1)
+    mean = s.sum(-1, keepdim=True) / n.clamp(min=1)
+    deviation = (s - mean).masked_fill(~mask, 0.0)
+    std = (deviation.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    # Equal norms differ by rounding only; that is no deviation.
+    scored = mask & (n >= MIN_TOKENS) & (std > 1e-9 * mean.abs())
+    return torch.where(scored, deviation / std.clamp(min=torch.finfo(s.dtype).tiny), -torch.inf)
+
+
+def ceiling(n: torch.Tensor) -> torch.Tensor:
+    """The largest z that one of n tokens can reach."""
+    n = n.double() if n.device.type != "mps" else n.float()
+    return (n - 1) / n.clamp(min=1).sqrt()
+
+
+def in_scope(norms: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """(b, T) bool: the tokens that the hook layer answers. Shapes as in `z_scores`; alpha and ratio are scalars."""
+    asked = torch.minimum(alpha, ratio * ceiling(mask.sum(-1, keepdim=True)))  # (b, 1)
+    return z_scores(norms, mask) >= asked
+
+
+def lowered(thresholds: Thresholds, norms: torch.Tensor, mask: torch.Tensor, margin: float) -> Thresholds:
+    """Dynamic alpha: alpha = min(alpha, min over prompts of the maximum z over tokens), short prompts apart.
+
+    Args:
+        norms, mask: (u, T) of the edited prompts, as in `z_scores`.
+        margin: relative allowance for rounding, see `ROUNDING_MARGIN`.
+    """
+    top = z_scores(norms, mask).max(-1).values.cpu()  # (u,)
+    attainable = ceiling(mask.sum(-1)).cpu()  # (u,)
+    alpha, ratio = thresholds.alpha, thresholds.ratio
+    scored = top > 0  # a prompt without a score can say nothing about the threshold
+    long = thresholds.alpha <= thresholds.ratio * attainable
+    if (scored & long).any():
+        alpha = min(alpha, float(top[scored & long].min()) * (1 - margin))
+    if (scored & ~long).any():
+        ratio = min(ratio, float((top / attainable)[scored & ~long].min()) * (1 - margin))
+    return Thresholds(alpha, ratio)

@@ -1,0 +1,308 @@
+"""A session: the hook layers living on one model, and everything needed to go on editing it.
+
+Usage::
+
+    session = EditSession(model, tokenizer, hparams)
+    session.edit(requests)             # one batch; lands whole or not at all
+    model.generate(...)                # answers with the edits
+    with session.disabled(): ...       # the base model
+    session.detach()                   # the model exactly as it was found
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import memory, statistics
+from .activations import subject_keys, subject_values
+from .architectures import context_length, model_parts
+from .hook import HookLayer, Mode, TokenMask
+from .hparams import CoachHooKHparams
+from .in_place import InPlaceLayer
+from .memory import KeyMemory
+from .sampling import context_prefixes
+from .scope import ROUNDING_MARGIN, Thresholds, lowered
+from .target import Targets, optimise_targets
+from .tokens import Encoder, Request, micro_batches, parse_requests
+from .trace import captured, frozen
+
+LOG = logging.getLogger(__name__)
+
+ATTRIBUTE = "_coachhook_session"  # where a model keeps its session; deepcopy takes it along
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a batch changes in one layer."""
+
+    delta: torch.Tensor  # (d, m), float32: Wh - W0
+    memory: KeyMemory
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """What a batch changes. Tensors are never changed in place, so a state stays valid and costs no copy."""
+
+    layers: dict[int, LayerState]
+    edits: int = 0
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What one batch did."""
+
+    requests: list[Request]
+    nll: list[float]  # mean NLL of each target with its target value in place
+    steps: list[int]  # evaluations of the objective
+    thresholds: dict[int, Thresholds]  # after the batch
+    seconds: float
+
+
+class EditSession:
+    """Consecutive batch editing of one model.
+
+    Args:
+        model: a Hugging Face causal language model. Its weights stay as they are (unless `use_hooks` is off).
+        tokenizer: its tokenizer; either padding side.
+        hparams: see `CoachHooKHparams`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError, KeyError: the hyperparameters do not fit the model, or another session lives on it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, progress: bool = True) -> None:
+        if EditSession.of(model) is not None:
+            raise ValueError("this model has an edit session already; use EditSession.of(model), or detach that one")
+        self.model, self.tokenizer, self.hparams = model, tokenizer, hparams
+        self.progress = progress
+        self._parts = model_parts(model, hparams)
+        self._encoder = Encoder(tokenizer, context_length(model))
+        self._prefixes: list[str] | None = hparams.context_prefixes
+        self._state: SessionState | None = None  # None until the key statistics are there
+        self._tokens: TokenMask | None = None
+        self._hooks: dict[int, HookLayer] = {}
+        self._written: dict[int, InPlaceLayer] = {}
+        object.__setattr__(model, ATTRIBUTE, self)
+
+    @staticmethod
+    def of(model: nn.Module) -> EditSession | None:
+        """The session that lives on this model."""
+        session = getattr(model, ATTRIBUTE, None)
+        return session if isinstance(session, EditSession) else None
+
+    def __len__(self) -> int:
+        """Number of edits in force."""
+        return 0 if self._state is None else self._state.edits
+
+    def __bool__(self) -> bool:
+        return True  # a session without edits is still a session
+
+    def __repr__(self) -> str:
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        batches = 0 if self._state is None else self._state.batches
+        return f"EditSession({name!r}, edits={len(self)}, batches={batches}, layers={self.hparams.layers})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The context prefixes a fact is learned behind; sampled from the base model on first use."""
+        if self._prefixes is None:
+            with self.disabled(), frozen(self.model):
+                self._prefixes = context_prefixes(self.model, self.tokenizer, self.hparams.seed, self.device)
+        return self._prefixes
+
+    @property
+    def state(self) -> SessionState:
+        """Everything the edits so far have made; `restore` returns to it bit for bit."""
+        if self._state is None:
+            self._state = self._initial_state()
+        return self._state
+
+    def edit(self, requests: Iterable[Mapping[str, Any] | Request]) -> EditResult:
+        """Write one batch of facts (paper, algorithm 1). It lands whole or not at all.
+
+        Args:
+            requests: mappings with `prompt` (naming the subject once), `subject` and `target_new`.
+
+        Raises:
+            ValueError, KeyError: a request cannot be edited; the message names it, and nothing has changed.
+        """
+        started = time.perf_counter()
+        parsed = parse_requests(requests)
+        self._encoder.check_lengths(parsed, self.prefixes)
+        before = self.state
+        try:
+            with frozen(self.model):
+                self._attach()
+                targets, layers = self._written_batch(parsed)
+            self._state = SessionState(layers, before.edits + len(parsed), before.batches + 1)
+        except BaseException:
+            self.restore(before)
+            raise
+        return EditResult(
+            requests=parsed,
+            nll=targets.nll,
+            steps=targets.steps,
+            thresholds={layer: state.thresholds for layer, state in layers.items()},
+            seconds=time.perf_counter() - started,
+        )
+
+    def restore(self, state: SessionState) -> None:
+        """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
+        self._state = state
+        if not state.edits:
+            self._release()
+            return
+        self._attach()
+        for layer in self.hparams.layers:
+            self._show(layer, state.layers[layer])
+        self._set_mode(Mode.VALIDATED)
+
+    def detach(self) -> None:
+        """Take everything off the model: its modules, hooks and weights are exactly as they were found."""
+        self._release()
+        self._state = None
+        if EditSession.of(self.model) is self:
+            delattr(self.model, ATTRIBUTE)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model inside the `with` body; afterwards what was there before."""
+        modes = {layer: hook.mode for layer, hook in self._hooks.items()}
+        self._set_mode(Mode.OFF)
+        for written in self._written.values():
+            written.hide()
+        try:
+            yield
+        finally:
+            for layer, mode in modes.items():
+                if layer in self._hooks:
+                    self._hooks[layer].mode = mode
+            for written in self._written.values():
+                written.show()
+
+    def _written_batch(self, requests: list[Request]) -> tuple[Targets, dict[int, LayerState]]:
+        """The three steps of one batch; returns the targets and the new state of every layer."""
+        layers = dict(self.state.layers)
+        self._set_mode(Mode.VALIDATED)
+        targets = optimise_targets(
+            self.model, self._parts, self._encoder, requests, self.prefixes, self.hparams, self.device, self.progress
+        )
+        self._set_mode(Mode.TEMPORARY)
+        for i, layer in enumerate(self.hparams.layers):
+            layers[layer] = self._write(layer, layers[layer], requests, targets, len(layers) - i)
+        if self.hparams.use_hooks and self.hparams.dynamic_alpha:
+            for layer in self.hparams.layers:
+                layers[layer] = self._lower_thresholds(layer, layers[layer], requests)
+        return targets, layers
+
+    def _write(
+        self, layer: int, state: LayerState, requests: list[Request], targets: Targets, layers_left: int
+    ) -> LayerState:
+        """Transformer memory updating of one layer (paper, section 3.2)."""
+        budget = self.hparams.target_tokens
+        keys = subject_keys(
+            self.model, self._parts.projections[layer], self._encoder, requests, self.prefixes, budget, self.device
+        )  # (m, u)
+        last = self._parts.blocks[self.hparams.layers[-1]]
+        current = subject_values(self.model, last, self._encoder, requests, budget, self.device)  # (d, u)
+        residual = memory.spread(targets.values.to(current.device), current, layers_left)  # (d, u)
+        keys = keys.to(state.memory.matrix.device)
+        change = memory.update(residual.to(keys.device), state.memory.coefficients(keys))  # (d, m)
+        if not change.isfinite().all():
+            raise ValueError(f"the update of layer {layer} is not finite; nothing was written")
+        delta = (memory.working_precision(state.delta) + change.to(state.delta.device)).float()
+        remembered = state.memory.remembering(keys) if self.hparams.accumulate else state.memory
+        state = replace(state, delta=delta, memory=remembered)
+        self._show(layer, state)
+        if layer in self._hooks:
+            self._hooks[layer].mode = Mode.VALIDATED
+        return state
+
+    def _lower_thresholds(self, layer: int, state: LayerState, requests: list[Request]) -> LayerState:
+        """Dynamic alpha of one layer (paper, section 3.3), measured as at inference: shallower layers in force."""
+        hook = self._hooks[layer]
+        margin = ROUNDING_MARGIN.get(next(self.model.parameters()).dtype, max(ROUNDING_MARGIN.values()))
+        rows = [[self._encoder.prompt("", request)] for request in requests]
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        hook.observer = lambda norms, mask: seen.append((norms, mask))
+        try:
+            with torch.no_grad():
+                for chunk in micro_batches(rows, self.hparams.target_tokens):
+                    batch = self._encoder.batch([row for i in chunk for row in rows[i]], self.device)
+                    with captured(self._parts.projections[layer], stop=True):
+                        self.model(**batch.model_inputs())
+        finally:
+            hook.observer = None
+        norms, mask = (
+            nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
+            for parts in zip(*seen, strict=True)
+        )
+        state = replace(state, thresholds=lowered(state.thresholds, norms, mask, margin))
+        self._show(layer, state)
+        return state
+
+    def _initial_state(self) -> SessionState:
+        with self.disabled(), frozen(self.model):
+            found = statistics.key_statistics(
+                self.model, self._parts, self.tokenizer, self.hparams, self.device, self.progress
+            )
+        thresholds = Thresholds(self.hparams.alpha, self.hparams.short_prompt_ratio)
+        layers = {}
+        for layer, projection in self._parts.projections.items():
+            weight = projection.weight
+            assert isinstance(weight, torch.Tensor)
+            covariance = found[layer].covariance().to(weight.device)
+            d, m = self._parts.hidden_size, len(covariance)
+            layers[layer] = LayerState(
+                delta=torch.zeros(d, m, device=weight.device),
+                memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
+                thresholds=thresholds,
+            )
+        return SessionState(layers)
+
+    def _attach(self) -> None:
+        if self._hooks or self._written:
+            return
+        if not self.hparams.use_hooks:
+            self._written = {layer: InPlaceLayer(base) for layer, base in self._parts.projections.items()}
+            return
+        self._tokens = TokenMask(self.model)
+        for layer, projection in self._parts.projections.items():
+            self._hooks[layer] = HookLayer(projection, self._tokens, self.state.layers[layer].thresholds)
+
+    def _release(self) -> None:
+        for layer, hook in self._hooks.items():
+            hook.remove_from(self._parts.projections[layer])
+        for written in self._written.values():
+            written.remove()
+        if self._tokens is not None:
+            self._tokens.remove()
+        self._hooks, self._written, self._tokens = {}, {}, None
+
+    def _show(self, layer: int, state: LayerState) -> None:
+        """Let the model answer with this state of a layer."""
+        if layer in self._hooks:
+            self._hooks[layer].write(state.delta)
+            self._hooks[layer].set_thresholds(state.thresholds)
+        else:
+            self._written[layer].write(state.delta)
+
+    def _set_mode(self, mode: Mode) -> None:
+        for hook in self._hooks.values():
+            hook.mode = mode

@@ -1,0 +1,338 @@
+"""Key statistics C0 = E[k k^T] of pre-training keys, one (m, m) matrix for each edited layer (paper: K0 K0^T).
+
+Sources, in order of preference:
+
+1. a file in the toolkit's format (`easyeditor/models/rome/layer_stats.py`) under `stats_dir`;
+2. the text file or Hugging Face data set that `mom2_dataset` names;
+3. text sampled from the model itself (`mom2_dataset: self`, and where a data set cannot be loaded).
+
+What 2 and 3 collect is kept in the cache folder under a key made of everything that determines it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .architectures import ModelParts, weight_shape
+from .cache import cache_dir, write_whole
+from .fingerprint import model_fingerprint
+from .hparams import CoachHooKHparams
+from .memory import working_precision
+from .sampling import sample
+from .trace import captured
+
+LOG = logging.getLogger(__name__)
+
+FORMAT = 1  # of the cache; raise it when the same settings would give other numbers
+ROWS, LENGTH = 16, 256  # of a batch of text
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Sum of k k^T over `count` keys."""
+
+    total: torch.Tensor  # (m, m)
+    count: int
+
+    def covariance(self) -> torch.Tensor:
+        """C0 = E[k k^T], (m, m)."""
+        return self.total / self.count
+
+
+class TextSource(Protocol):
+    """Batches of token ids, reproducible from any starting point."""
+
+    description: dict[str, Any]  # everything that determines the tokens
+    batches: int
+
+    def batch(self, index: int) -> torch.Tensor:
+        """Token ids (b, T), every one real."""
+        ...
+
+
+def key_statistics(
+    model: nn.Module,
+    parts: ModelParts,
+    tokenizer: Any,
+    hparams: CoachHooKHparams,
+    device: torch.device,
+    progress: bool = True,
+) -> dict[int, KeyStatistics]:
+    """Find or collect the statistics of every edited layer. The model must be unedited and frozen.
+
+    Raises:
+        ValueError: a file in the toolkit's format that is damaged or belongs to another model.
+    """
+    found: dict[int, KeyStatistics] = {}
+    for layer, projection in parts.projections.items():
+        path = toolkit_file(model, parts, layer, hparams)
+        if path is not None:
+            found[layer] = load_statistics(path, weight_shape(projection)[1])
+    wanted = [layer for layer in parts.projections if layer not in found]
+    if wanted:
+        source = _source(model, tokenizer, hparams, max(weight_shape(parts.projections[i])[1] for i in wanted), device)
+        found |= _cached(model, parts, wanted, source, progress)
+    return {layer: found[layer] for layer in parts.projections}
+
+
+def toolkit_file(model: nn.Module, parts: ModelParts, layer: int, hparams: CoachHooKHparams) -> Path | None:
+    """The layer's statistics under `stats_dir`, in the naming of the source version or of the release."""
+    if hparams.stats_dir is None:
+        return None
+    named = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    folders = [named.rsplit("/")[-1], named.replace("/", "_")]
+    size = "" if hparams.mom2_n_samples is None else f"_{hparams.mom2_n_samples}"
+    file = f"{parts.names.projection.format(layer)}_{hparams.mom2_dtype}_mom2{size}.npz"
+    dataset = Path(hparams.mom2_dataset).stem or hparams.mom2_dataset
+    for folder in folders:
+        path = Path(hparams.stats_dir) / folder / f"{dataset}_stats" / file
+        if folder and path.is_file():
+            return path
+    return None
+
+
+def load_statistics(path: Path, key_size: int) -> KeyStatistics:
+    """Read a file in the toolkit's format: `mom2.mom2` is a sum over `mom2.count` keys.
+
+    Raises:
+        ValueError: the file is damaged, or its matrix is not a finite (key_size, key_size) second moment.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable key statistics file ({error}); delete it or restore it") from None
+    if tuple(total.shape) != (key_size, key_size):
+        raise ValueError(
+            f"{path}: holds a {tuple(total.shape)} matrix, but this model's keys have {key_size} entries; "
+            "it belongs to another model or module"
+        )
+    total = total.double()
+    if count < 1 or not total.isfinite().all() or (total.diagonal() < 0).any():
+        raise ValueError(f"{path}: not a sum of k k^T over at least one key; delete it or restore it")
+    if not torch.allclose(total, total.T, rtol=1e-3, atol=1e-3 * float(total.diagonal().mean())):
+        raise ValueError(f"{path}: its matrix is not symmetric, so it is no second moment; delete it or restore it")
+    return KeyStatistics(total, count)
+
+
+def save_statistics(path: Path, statistics: KeyStatistics, sample_size: int | None = None) -> None:
+    """Write a file that `load_statistics` and both versions of the toolkit read (they want float32)."""
+    arrays: dict[str, Any] = {
+        "mom2.constructor": np.array("easyeditor.util.runningstats.SecondMoment()"),
+        "mom2.count": np.array(statistics.count),
+        "mom2.mom2": statistics.total.float().cpu().numpy(),
+        "sample_size": np.array(statistics.count if sample_size is None else sample_size),
+    }
+    write_whole(path, lambda stream: np.savez(stream, **arrays))
+
+
+class SampledText:
+    """Text the model writes by itself, from its start token, drawn from the whole distribution."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, tokens: int, seed: int, device: torch.device) -> None:
+        self._model, self._device, self._seed = model, device, seed
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self._first = int(first if first is not None else 0)
+        self._banned = [i for i in tokenizer.all_special_ids if i is not None]
+        self.batches = max(1, -(-tokens // (ROWS * LENGTH)))
+        self.description = {"source": "self", "seed": seed, "batches": self.batches, "first": self._first}
+
+    def batch(self, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        start = torch.full((ROWS, 1), self._first, device=self._device)
+        return sample(self._model, start, LENGTH + 1, generator, banned=self._banned)[:, 1:]
+
+
+class PackedText:
+    """Documents, one after another, cut into rows of equal length."""
+
+    def __init__(self, documents: Sequence[str], name: str, tokenizer: Any, tokens: int) -> None:
+        ids: list[int] = []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for document in documents:
+            if len(ids) >= tokens:
+                break
+            ids += tokenizer(document, verbose=False)["input_ids"] + end
+        ids = ids[: max(tokens, 1)]
+        if not ids:
+            raise ValueError(f"mom2_dataset {name!r} holds no text")
+        length = min(LENGTH, len(ids))
+        self._rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+        self.batches = -(-len(self._rows) // ROWS)
+        told = hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()
+        self.description = {"source": Path(name).name, "tokens": told}
+
+    def batch(self, index: int) -> torch.Tensor:
+        return self._rows[index * ROWS : (index + 1) * ROWS]
+
+
+def _source(
+    model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, key_size: int, device: torch.device
+) -> TextSource:
+    tokens = int(hparams.mom2_key_multiple * key_size)
+    name = hparams.mom2_dataset
+    if name != "self":
+        path = Path(name).expanduser()
+        if path.is_file():
+            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            return PackedText(paragraphs, name, tokenizer, tokens)
+        try:
+            return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens)
+        except Exception as error:  # no package, no network, no such data set: all end in the same remedy
+            LOG.warning(
+                "mom2_dataset %r cannot be read (%s: %s); text sampled from the model takes its place. Give a text "
+                "file, or a statistics file under stats_dir, to avoid that",
+                name,
+                type(error).__name__,
+                str(error).splitlines()[0] if str(error) else "",
+            )
+    return SampledText(model, tokenizer, tokens, hparams.seed, device)
+
+
+# The toolkit's short names.
+HUB_NAMES = {
+    "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+}
+
+
+def _hub_documents(name: str, limit: int | None) -> list[str]:
+    from datasets import load_dataset
+
+    path, config = HUB_NAMES.get(name, (name, None))
+    rows = load_dataset(path, config, split="train", streaming=True)
+    documents: list[str] = []
+    for row in rows:
+        if limit is not None and len(documents) >= limit:
+            break
+        documents.append(str(row["text"]))
+    return documents
+
+
+def _cached(
+    model: nn.Module, parts: ModelParts, layers: Sequence[int], source: TextSource, progress: bool
+) -> dict[int, KeyStatistics]:
+    fingerprint = model_fingerprint(model)
+    folder = cache_dir() / "statistics"
+
+    def path(layer: int) -> Path:
+        key = {
+            "format": FORMAT,
+            "model": fingerprint,
+            "module": parts.names.projection.format(layer),
+            "text": source.description,
+        }
+        return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.npz"
+
+    found: dict[int, KeyStatistics] = {}
+    for layer in layers:
+        if path(layer).is_file():
+            try:
+                found[layer] = load_statistics(path(layer), weight_shape(parts.projections[layer])[1])
+            except ValueError as error:
+                LOG.warning("%s; collecting again", error)
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        projections = {layer: parts.projections[layer] for layer in missing}
+        together = hashlib.sha256("".join(path(layer).stem for layer in missing).encode()).hexdigest()[:32]
+        checkpoint = folder / f"{together}.partial.npz"
+        for layer, statistics in collect(model, projections, source, checkpoint, progress).items():
+            save_statistics(path(layer), statistics)
+            # What was just written is what later runs read: the same bits now and then.
+            found[layer] = load_statistics(path(layer), weight_shape(projections[layer])[1])
+        checkpoint.unlink(missing_ok=True)
+    return found
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    projections: dict[int, nn.Module],
+    source: TextSource,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> dict[int, KeyStatistics]:
+    """Sum k k^T at every projection in one pass over the text, in float64, stopping each pass after the last one.
+
+    An interrupted pass goes on from `checkpoint`, which is written about once a minute.
+    """
+    device = next(model.parameters()).device
+    totals = {
+        layer: working_precision(torch.zeros(size, size, device=device))
+        for layer, size in ((layer, weight_shape(projection)[1]) for layer, projection in projections.items())
+    }
+    start, count = _resume(checkpoint, totals)
+    last = max(projections)
+    written = time.monotonic()
+    for index in tqdm(
+        range(start, source.batches),
+        initial=start,
+        total=source.batches,
+        desc="key statistics",
+        disable=not progress,
+        leave=False,
+    ):
+        ids = source.batch(index).to(device)
+        handles = [
+            projection.register_forward_pre_hook(partial(_add, totals[layer]))
+            for layer, projection in projections.items()
+        ]
+        try:
+            with captured(projections[last], stop=True):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        count += ids.numel()
+        if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS:
+            _save_checkpoint(checkpoint, totals, index + 1, count)
+            written = time.monotonic()
+    return {layer: KeyStatistics(total, count) for layer, total in totals.items()}
+
+
+def _add(total: torch.Tensor, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    keys = working_precision(inputs[0]).reshape(-1, total.shape[0])  # (b T, m)
+    total.addmm_(keys.T, keys)
+
+
+def _save_checkpoint(path: Path, totals: dict[int, torch.Tensor], batches: int, count: int) -> None:
+    arrays: dict[str, Any] = {str(layer): total.cpu().numpy() for layer, total in totals.items()}
+    arrays |= {"batches": np.array(batches), "count": np.array(count)}
+    write_whole(path, lambda stream: np.savez(stream, **arrays))
+
+
+def _resume(path: Path | None, totals: dict[int, torch.Tensor]) -> tuple[int, int]:
+    if path is None or not path.is_file():
+        return 0, 0
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = {layer: torch.from_numpy(file[str(layer)]) for layer in totals}
+            batches, count = int(file["batches"]), int(file["count"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        LOG.warning("%s: unreadable checkpoint (%s); starting over", path, error)
+        return 0, 0
+    for layer, total in totals.items():
+        total.copy_(saved[layer])
+    return batches, count
+
+
+def describe(statistics: dict[int, KeyStatistics]) -> Iterator[str]:
+    """A line for each layer: how many keys, and how many for each key dimension."""
+    for layer, one in statistics.items():
+        yield f"layer {layer}: {one.count} keys, {one.count / len(one.total):.1f} for each dimension"

@@ -1,0 +1,317 @@
+"""Everything above the last edited block, as a function of that block's output.
+
+While a target value is optimised, only the tokens from the subject's last one on change, and only above the edited
+block. So the model runs once; the attention keys and values of the earlier tokens are kept; and each step runs just
+the suffix through the upper blocks. Where a family's blocks cannot be called like that (the first row is tried and
+compared with the model's own answer), a step runs the upper blocks over all tokens, or else the whole model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .tokens import Batch
+from .trace import captured, hidden_of, with_hidden
+
+LOG = logging.getLogger(__name__)
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the largest entry; 16 bits: 5e-2
+
+
+class Tail(Protocol):
+    """Goes on from `hidden`, the edited block's output (b, S, d) at positions `offset` (b,) and after."""
+
+    @property
+    def hidden(self) -> torch.Tensor: ...
+
+    @property
+    def offset(self) -> torch.Tensor: ...
+
+    def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, S, d) in place of `hidden` -> states after the block the loss is read from, and after the last one."""
+        ...
+
+    def keep(self, rows: torch.Tensor, length: int) -> Tail:
+        """The same for some of the rows, and at least their first `length` positions."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model called one upper block."""
+
+    block: nn.Module
+    arguments: dict[str, Any]  # by name, without the hidden states
+    hidden_name: str
+    is_loss_layer: bool
+
+    def run(self, state: torch.Tensor, **changed: Any) -> torch.Tensor:
+        return hidden_of(self.block(**{**self.arguments, self.hidden_name: state, **changed}))
+
+
+class _Attended:
+    """Stands in for the library's cache: remembers keys and values, and puts kept ones in front of new ones."""
+
+    def __init__(self, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        self.kept = kept  # (b, heads, P, head size) each
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen = key, value
+        if self.kept is None:
+            return key, value
+        return torch.cat([self.kept[0], key], dim=2), torch.cat([self.kept[1], value], dim=2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0 if self.kept is None else int(self.kept[0].shape[2])
+
+
+@dataclass(frozen=True)
+class _Suffix:
+    """Upper blocks over the tokens from the subject's last one on."""
+
+    hidden: torch.Tensor  # (b, S, d)
+    offset: torch.Tensor  # (b,)
+    calls: tuple[_Call, ...]
+    cache_name: str
+    kept: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of the tokens before, for each upper block
+
+    def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for_loss = state
+        for call, kept in zip(self.calls, self.kept, strict=True):
+            state = call.run(state, **{self.cache_name: _Attended(kept)})
+            for_loss = state if call.is_loss_layer else for_loss
+        return for_loss, state
+
+    def keep(self, rows: torch.Tensor, length: int) -> _Suffix:
+        front = int(self.offset[rows].max())
+        select = partial(_part_of, rows=rows, count=len(self.hidden), size=self.hidden.shape[1], length=length)
+        calls = []
+        for call in self.calls:
+            arguments = {name: select(value) for name, value in call.arguments.items() if name != "attention_mask"}
+            mask = call.arguments["attention_mask"]  # (b, 1, S, P + S)
+            earlier, own = mask.split([mask.shape[-1] - mask.shape[-2], mask.shape[-2]], dim=-1)
+            mask = torch.cat([earlier[rows, :, :length, :front], own[rows, :, :length, :length]], dim=-1)
+            calls.append(replace(call, arguments={**arguments, "attention_mask": mask}))
+        kept = tuple((key[rows, :, :front], value[rows, :, :front]) for key, value in self.kept)
+        hidden = self.hidden[rows, :length]
+        return replace(self, hidden=hidden, offset=self.offset[rows], calls=tuple(calls), kept=kept)
+
+
+@dataclass(frozen=True)
+class _UpperBlocks:
+    """Upper blocks over all tokens."""
+
+    hidden: torch.Tensor  # (b, T, d)
+    offset: torch.Tensor
+    calls: tuple[_Call, ...]
+
+    def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for_loss = state
+        for call in self.calls:
+            state = call.run(state)
+            for_loss = state if call.is_loss_layer else for_loss
+        return for_loss, state
+
+    def keep(self, rows: torch.Tensor, length: int) -> _UpperBlocks:
+        calls = tuple(replace(c, arguments=_rows_of(c.arguments, rows, len(self.hidden))) for c in self.calls)
+        return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], calls=calls)
+
+
+@dataclass(frozen=True)
+class _WholeModel:
+    """The whole model, with the edited block's output replaced."""
+
+    hidden: torch.Tensor  # (b, T, d)
+    offset: torch.Tensor
+    model: nn.Module
+    batch: Batch
+    edited: nn.Module
+    loss: nn.Module
+    last: nn.Module
+
+    def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        handle = self.edited.register_forward_hook(lambda _, __, answer: with_hidden(answer, state))
+        try:
+            with captured(self.loss) as at_loss, captured(self.last, stop=True) as at_last:
+                self.model(**self.batch.model_inputs())
+        finally:
+            handle.remove()
+        return at_loss.output, at_last.output
+
+    def keep(self, rows: torch.Tensor, length: int) -> _WholeModel:
+        batch = Batch(self.batch.input_ids[rows], self.batch.attention_mask[rows], self.batch.subject[rows])
+        return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], batch=batch)
+
+
+@torch.no_grad()
+def cut(model: nn.Module, blocks: Sequence[nn.Module], edited: int, loss: int, batch: Batch) -> Tail:
+    """Run `model` on `batch` once, and return what goes on from the output of block `edited`.
+
+    Args:
+        edited: the last edited block.
+        loss: block the loss is read from, at or above it.
+    """
+    calls: list[_Call] = []
+    caches: list[tuple[str, _Attended]] = []
+
+    def remember(layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = _by_name(block, args, kwargs)
+        hidden_name = next(iter(named))
+        hidden = named.pop(hidden_name)
+        cache_name = next((name for name in CACHE_ARGUMENTS if name in named), None)
+        calls.append(_Call(block, dict(named), hidden_name, layer == loss))
+        if not record or cache_name is None:
+            return None
+        caches.append((cache_name, _Attended()))
+        return (hidden,), {**named, cache_name: caches[-1][1]}
+
+    upper = list(enumerate(blocks))[edited + 1 :]
+    for record in (True, False):
+        calls.clear()
+        handles = [b.register_forward_pre_hook(partial(remember, i), with_kwargs=True) for i, b in upper]
+        try:
+            with captured(blocks[edited]) as at_cut, captured(blocks[-1], stop=True) as at_last:
+                model(**batch.model_inputs())
+            break
+        except Exception as error:
+            if not record:
+                raise
+            LOG.debug("blocks take no cache of ours: %s", error)
+            caches.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+    hidden, reference = at_cut.output, at_last.output
+    start = torch.zeros_like(batch.subject)
+    whole = _WholeModel(hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
+    if not calls:
+        return whole
+    complete = _UpperBlocks(hidden, start, tuple(calls))
+    builds: tuple[Callable[[], Tail], ...] = (partial(_suffix, complete, batch, caches), lambda: complete)
+    for build in builds:
+        try:
+            tail = build()
+            if _agrees(tail, reference, batch):
+                return tail
+        except Exception as error:
+            LOG.debug("blocks cannot be called like that: %s", error)
+    LOG.warning("%s: its blocks cannot be run by themselves; each step runs the whole model", type(model).__name__)
+    return whole
+
+
+def _suffix(complete: _UpperBlocks, batch: Batch, caches: list[tuple[str, _Attended]]) -> _Suffix:
+    seen = [cache.seen for _, cache in caches if cache.seen is not None]
+    if len(seen) != len(complete.calls):
+        raise TypeError("its attention does not use the cache it is given")
+    hidden = complete.hidden
+    rows, width = hidden.shape[:2]
+    offset = batch.subject.to(hidden.device)  # (b,)
+    lengths = batch.attention_mask.sum(1).to(hidden.device)
+    size, front = int((lengths - offset).max()), int(offset.max())
+    at = (offset[:, None] + torch.arange(size, device=hidden.device)).clamp(max=width - 1)  # (b, S)
+    cutter = partial(_cut_argument, rows=rows, width=width, at=at, front=front, offset=offset)
+    calls = tuple(
+        replace(call, arguments={key: cutter(key, value) for key, value in _masked(call.arguments).items()})
+        for call in complete.calls
+    )
+    kept = tuple((key[:, :, :front], value[:, :, :front]) for key, value in seen)
+    return _Suffix(_gathered(hidden, at), offset, calls, caches[0][0], kept)
+
+
+def _masked(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_mask": None, **arguments}
+
+
+def _cut_argument(
+    name: str, value: Any, rows: int, width: int, at: torch.Tensor, front: int, offset: torch.Tensor
+) -> Any:
+    """An argument of a block for all tokens, as it must be for the suffix alone."""
+    if name == "attention_mask":
+        return _cut_mask(value, rows, width, at, front, offset)
+    if isinstance(value, tuple | list):
+        return type(value)(_cut_argument(name, item, rows, width, at, front, offset) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] in ((1, width), (rows, width)):
+        return _gathered(value.expand(rows, *value.shape[1:]), at.to(value.device))
+    if isinstance(value, torch.Tensor) and value.shape == (width,):
+        return torch.arange(front, front + at.shape[1], device=value.device)  # positions in the cache
+    return value
+
+
+def _cut_mask(
+    mask: torch.Tensor | None, rows: int, width: int, at: torch.Tensor, front: int, offset: torch.Tensor
+) -> torch.Tensor:
+    """(b, 1, S, front + S): which earlier tokens and suffix tokens each suffix token attends to."""
+    size, device = at.shape[1], at.device
+    if mask is None:
+        allowed = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(rows, 1, width, width)
+    elif mask.dim() == 4 and mask.shape[-2:] == (width, width):
+        allowed = (mask if mask.dtype == torch.bool else mask > -1).expand(rows, -1, -1, -1)[:, :1]
+    else:
+        raise TypeError(f"unknown form of attention mask {tuple(mask.shape)}")
+    allowed = allowed.to(device)[:, 0].gather(1, at[:, :, None].expand(-1, -1, width))  # (b, S, T)
+    earlier = allowed[:, :, :front] & (torch.arange(front, device=device) < offset[:, None])[:, None]
+    own = allowed.gather(2, at[:, None, :].expand(-1, size, -1))  # (b, S, S)
+    own = own & torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    joined = torch.cat([earlier, own], dim=2)[:, None]  # (b, 1, S, front + S)
+    if mask is None or mask.dtype == torch.bool:
+        return joined
+    return torch.zeros(joined.shape, dtype=mask.dtype, device=device).masked_fill(~joined, torch.finfo(mask.dtype).min)
+
+
+def _agrees(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
+    """Whether the first row comes out as the model's own."""
+    start, stop = int(tail.offset[0]), int(batch.attention_mask[0].sum())
+    first = tail.keep(torch.tensor([0], device=tail.hidden.device), stop - start)
+    _, state = first(first.hidden)
+    expected, got = reference[0, start:stop], state[0, : stop - start]
+    allowance = TOLERANCE.get(expected.dtype, 5e-2) * float(expected.abs().max())
+    return bool(torch.allclose(got, expected, rtol=0, atol=allowance))
+
+
+def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, the hidden states first."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TypeError("arguments without names")
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
+
+
+def _rows_of(value: Any, rows: torch.Tensor, count: int) -> Any:
+    """Some rows of every tensor that has `count` of them."""
+    if isinstance(value, dict):
+        return {key: _rows_of(item, rows, count) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(item, rows, count) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == count:
+        return value[rows.to(value.device)]
+    return value
+
+
+def _part_of(value: Any, rows: torch.Tensor, count: int, size: int, length: int) -> Any:
+    """Some rows, and the first positions, of every suffix argument (b, S, ...) or (S,)."""
+    if isinstance(value, tuple | list):
+        return type(value)(_part_of(item, rows, count, size, length) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (count, size):
+        return value[rows.to(value.device), :length]
+    if isinstance(value, torch.Tensor) and value.shape == (size,):
+        return value[:length]
+    return value
+
+
+def _gathered(value: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """value (b, T, ...) at positions (b, S) -> (b, S, ...)."""
+    return value[torch.arange(len(at), device=value.device)[:, None], at]

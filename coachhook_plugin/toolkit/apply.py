@@ -1,0 +1,188 @@
+"""`apply_coachhook_to_model`, the function EasyEdit calls, and the undo it returns.
+
+One call writes one batch. Which edits stay is not in that call's arguments (the two versions of the toolkit give
+`keep_original_weight=False` opposite meanings), so the editor's entry methods open a `Run` that knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from ..hparams import CoachHooKHparams
+from ..session import EditSession, SessionState
+from ..tokens import parse_requests
+
+# Hyperparameters that may differ between two edits of one session: they say how to load, batch and score.
+FREE = frozenset(
+    {
+        "model_name",
+        "device",
+        "model_parallel",
+        "fp16",
+        "batch_size",
+        "max_length",
+        "evaluation_type",
+        "api_key",
+        "target_tokens",
+        "extra",
+    }
+)
+
+
+@dataclasses.dataclass
+class Run:
+    """One call of an editor's entry method."""
+
+    keep: bool  # the edits stay when the call is over
+    subjects: list[str] | None = None  # for requests that come without one
+    begun: tuple[EditSession, SessionState] | None = None  # before the first batch of this call
+    aside: tuple[EditSession, SessionState] | None = None  # edits that stay, out of the way of a "before" score
+
+    def step_back(self, session: EditSession, before: SessionState) -> None:
+        """Show the model as it was before its newest batch, until `rejoin`."""
+        self.aside = (session, session.state)
+        session.restore(before)
+
+    def rejoin(self) -> None:
+        if self.aside is not None:
+            (session, state), self.aside = self.aside, None
+            session.restore(state)
+
+    def close(self) -> None:
+        """Leave the edits that stay, and only those."""
+        self.rejoin()
+        if not self.keep and self.begun is not None:
+            session, state = self.begun
+            if _lives(session) and session.state is not state:
+                session.restore(state)
+
+
+_RUN: ContextVar[Run | None] = ContextVar("coachhook_run", default=None)
+
+
+@contextmanager
+def run(keep: bool, subjects: list[str] | None = None) -> Iterator[Run]:
+    """Around an entry method: whatever ends the body, the model is left with the edits that stay, and only those."""
+    current = Run(keep, subjects)
+    token = _RUN.set(current)
+    try:
+        yield current
+    finally:
+        _RUN.reset(token)
+        current.close()
+
+
+def running() -> bool:
+    """An entry method is at work (they call each other)."""
+    return _RUN.get() is not None
+
+
+class Undo:
+    """What `apply_coachhook_to_model` returns beside the model: call it to take the batch out again, bit for bit.
+
+    EasyEdit restores in one of two ways: it calls the object (HEAD), or it walks through its `items()` as if they were
+    weights to copy back (the release, and `normal_edit` of HEAD). So `items()` undoes too, and has nothing to yield.
+    """
+
+    def __init__(self, session: EditSession, before: SessionState, after: SessionState):
+        self._states: tuple[EditSession, SessionState, SessionState] | None = (session, before, after)
+
+    def __call__(self) -> None:
+        """Return to the state before the batch. A second call does nothing.
+
+        Raises:
+            RuntimeError: later edits are in force, which an undo of this batch would silently drop.
+        """
+        if self._states is None:
+            return
+        session, before, after = self._states
+        if _lives(session) and session.state is not before:
+            if session.state is not after:
+                raise RuntimeError(
+                    "this batch is not the newest edit of the model; undo the later ones first (newest first), or "
+                    "return to a state with EditSession.of(model).restore(state)"
+                )
+            session.restore(before)
+        self._states = None
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Undo as a call does; within an editor's call whose edits stay, only step back until the next batch."""
+        current = _RUN.get()
+        if current is None or not current.keep:
+            self()
+        elif self._states is not None and current.aside is None:
+            session, before, _ = self._states
+            current.step_back(session, before)
+        return []
+
+
+def apply_coachhook_to_model(
+    model: nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: CoachHooKHparams,
+    copy: bool = False,
+    return_orig_weights: bool = True,
+    keep_original_weight: bool | None = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, Undo]:
+    """Write `requests` as one batch, on top of the edits that are in force already.
+
+    Args:
+        copy: edit a deep copy (with the edits in force) and leave `model` alone.
+        return_orig_weights, keep_original_weight, kwargs: part of EasyEdit's calling convention; the undo is always
+            returned, and nothing is undone before it is used.
+
+    Returns:
+        the edited model (`model` itself unless `copy`), and an `Undo` for this batch.
+
+    Raises:
+        ValueError, KeyError: a request cannot be edited, or the hyperparameters differ from those of the edits in
+            force; nothing has changed.
+    """
+    current = _RUN.get()
+    if current is not None:
+        current.rejoin()
+        if current.subjects is not None:
+            requests = [{**r, "subject": s} for r, s in zip(requests, current.subjects, strict=True)]
+    parsed = parse_requests(requests)
+    if copy:
+        model = deepcopy(model)
+    session = _session(model, tok, hparams)
+    before = session.state
+    if current is not None and current.begun is None:
+        current.begun = (session, before)
+    session.edit(parsed)
+    return model, Undo(session, before, session.state)
+
+
+def _session(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
+    """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed."""
+    hparams = dataclasses.replace(hparams)
+    session = EditSession.of(model)
+    if session is not None:
+        differing = [
+            f"{field.name}: {getattr(session.hparams, field.name)!r} in force, {getattr(hparams, field.name)!r} given"
+            for field in dataclasses.fields(hparams)
+            if field.name not in FREE and getattr(session.hparams, field.name) != getattr(hparams, field.name)
+        ]
+        if not differing:
+            return session
+        if len(session):
+            raise ValueError(
+                f"this model carries {len(session)} edits made with other hyperparameters ({'; '.join(differing)}); "
+                "go on with the same ones, or take the edits off first with EditSession.of(model).detach()"
+            )
+        session.detach()
+    return EditSession(model, tok, hparams)
+
+
+def _lives(session: EditSession) -> bool:
+    return EditSession.of(session.model) is session

@@ -1,0 +1,335 @@
+"""Editing data sets as one kind of record, whatever file they come from.
+
+    records = load_records("counterfact.json", limit=100)
+    print(len(records), dict(records.skipped))
+    session.edit([record.request() for record in records])
+
+`load_records` recognises the file by its fields; `load_zsre`, `load_counterfact` and `load_knowedit` read one shape
+each, and `load_facts` reads the set that is shipped here. A record that no subject based editor could use is left out
+and counted by reason; a file that is not what it should be is refused with the place, the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+FACTS = Path(__file__).parent / "facts" / "facts.json"
+
+FilePath: TypeAlias = "str | os.PathLike[str]"
+
+# What an edit must leave alone, in files that give one such prompt and no name for it.
+NEIGHBORHOOD = "neighborhood"
+# What must follow from an edit, in files that give one question and no name for it.
+ONE_HOP = "one_hop"
+
+EMPTY_TARGET = "empty target"
+NO_SUBJECT = "no subject"
+SUBJECT_ABSENT = "subject not in the prompt"
+SUBJECT_REPEATED = "subject more than once in the prompt"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt beside the edit itself, with the answer that is expected of it."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One edit and everything it is measured by. `ground_truth` is "" where a file does not tell the old answer."""
+
+    case_id: str
+    prompt: str
+    subject: str
+    target_new: str
+    ground_truth: str = ""
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+
+    def request(self) -> dict[str, Any]:
+        """The record as the toolkit's editors and `compute_edit_quality` take it: with one rephrasing, the first."""
+        request: dict[str, Any] = {
+            "case_id": self.case_id,
+            "prompt": self.prompt,
+            "subject": self.subject,
+            "target_new": self.target_new,
+            "ground_truth": self.ground_truth,
+            "locality": _by_kind(self.locality),
+            "portability": _by_kind(self.portability),
+        }
+        if self.rephrases:
+            request["rephrase_prompt"] = self.rephrases[0]
+        return request
+
+
+class Records(list[Record]):
+    """A list of records that remembers what was left out: `skipped` counts by reason."""
+
+    def __init__(self, records: list[Record] | None = None, skipped: Counter[str] | None = None) -> None:
+        super().__init__(records or [])
+        self.skipped: Counter[str] = Counter() if skipped is None else skipped
+
+
+def load_zsre(path: FilePath, limit: int | None = None) -> Records:
+    """ZsRE in MEND's format: `subject, src, rephrase, alt, answers, loc, loc_ans`."""
+    return _load(path, limit, _zsre)
+
+
+def load_counterfact(path: FilePath, limit: int | None = None) -> Records:
+    """CounterFact, either EasyEdit's flat edit format or the original of ROME with `requested_rewrite`."""
+    return _load(path, limit, _counterfact)
+
+
+def load_knowedit(path: FilePath, limit: int | None = None) -> Records:
+    """KnowEdit: `subject, prompt, target_new`, with `locality` and `portability` lists by kind."""
+    return _load(path, limit, _knowedit)
+
+
+def load_facts(limit: int | None = None) -> Records:
+    """The data set that is shipped with this package."""
+    return load_knowedit(FACTS, limit)
+
+
+def load_records(path: FilePath, limit: int | None = None) -> Records:
+    """Any of the shapes above, recognised by the fields of the first record."""
+    raw = _read(path)
+    first = _Fields(path, 0, raw[0])
+    if "requested_rewrite" in first or "locality_prompt" in first:
+        read = _counterfact
+    elif "src" in first and "alt" in first:
+        read = _zsre
+    elif ("locality" in first or "portability" in first) and ("prompt" in first or "text" in first):
+        read = _knowedit
+    elif "prompt" in first and "target_new" in first:
+        read = _counterfact
+    else:
+        raise ValueError(
+            f"{path}, record 0: the fields {sorted(first.raw)} fit no known data set; expected ZsRE (src, alt), "
+            "CounterFact (requested_rewrite, or prompt and target_new) or KnowEdit (prompt, target_new, locality)"
+        )
+    return _load(path, limit, read, raw)
+
+
+def _load(
+    path: FilePath, limit: int | None, read: Callable[[_Fields], Record], raw: list[Any] | None = None
+) -> Records:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for the whole file; got {limit}")
+    raw = _read(path) if raw is None else raw
+    records = Records()
+    for index, item in enumerate(raw):
+        if len(records) == limit:
+            break
+        record = read(_Fields(path, index, item))
+        reason = _unusable(record)
+        if reason is None:
+            records.append(record)
+        else:
+            records.skipped[reason] += 1
+    if not records:
+        counts = ", ".join(f"{reason}: {n}" for reason, n in records.skipped.items())
+        raise ValueError(f"{path}: none of its {len(raw)} records can be edited ({counts})")
+    return records
+
+
+def _read(path: FilePath) -> list[Any]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            raw = json.load(file)
+        except ValueError as error:  # bad JSON and bad UTF-8 alike
+            raise ValueError(f"{path}: not a JSON file ({error}); expected one JSON list of records") from error
+    if not isinstance(raw, list) or not raw:
+        found = "an empty list" if isinstance(raw, list) else f"one {type(raw).__name__}"
+        raise ValueError(f"{path}: holds {found}; expected one JSON list of records")
+    return raw
+
+
+def _unusable(record: Record) -> str | None:
+    """Why no editor that looks the subject up in the prompt can use this record, or None."""
+    if not record.target_new:
+        return EMPTY_TARGET
+    if not record.subject:
+        return NO_SUBJECT
+    occurrences = record.prompt.count(record.subject)
+    if occurrences == 0:
+        return SUBJECT_ABSENT
+    return SUBJECT_REPEATED if occurrences > 1 else None
+
+
+def _by_kind(probes: tuple[Probe, ...]) -> dict[str, dict[str, list[str]]]:
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for probe in probes:
+        lists = kinds.setdefault(probe.kind, {"prompt": [], "ground_truth": []})
+        lists["prompt"].append(probe.prompt)
+        lists["ground_truth"].append(probe.answer)
+    return kinds
+
+
+# One function per published shape.
+
+
+def _zsre(fields: _Fields) -> Record:
+    return Record(
+        case_id=fields.case_id(),
+        prompt=fields.text("src"),
+        subject=fields.text("subject"),
+        target_new=fields.text("alt"),
+        ground_truth=fields.text("answers", default=""),
+        rephrases=fields.texts("rephrase"),
+        locality=fields.pair(NEIGHBORHOOD, "loc", "loc_ans"),
+        portability=fields.hop(),
+    )
+
+
+def _counterfact(fields: _Fields) -> Record:
+    if "requested_rewrite" in fields:
+        return _counterfact_original(fields)
+    return Record(
+        case_id=fields.case_id(),
+        prompt=fields.text("prompt"),
+        subject=fields.text("subject"),
+        target_new=fields.text("target_new"),
+        ground_truth=fields.text("ground_truth", default=""),
+        rephrases=fields.texts("rephrase_prompt"),
+        locality=fields.pair(NEIGHBORHOOD, "locality_prompt", "locality_ground_truth"),
+        portability=fields.hop(),
+    )
+
+
+def _counterfact_original(fields: _Fields) -> Record:
+    rewrite = fields.inner("requested_rewrite")
+    subject, template = rewrite.text("subject"), rewrite.text("prompt")
+    if template.count("{}") != 1:
+        raise rewrite.error("prompt", f"must hold the subject's place, {{}}, exactly once; got {template!r}")
+    truth = rewrite.inner("target_true").text("str")
+    return Record(
+        case_id=fields.case_id(),
+        prompt=template.replace("{}", subject),
+        subject=subject,
+        target_new=rewrite.inner("target_new").text("str"),
+        ground_truth=truth,
+        rephrases=fields.texts("paraphrase_prompts"),
+        # Its neighbours are chosen to share the old answer.
+        locality=tuple(Probe(NEIGHBORHOOD, prompt, truth) for prompt in fields.texts("neighborhood_prompts")),
+    )
+
+
+def _knowedit(fields: _Fields) -> Record:
+    return Record(
+        case_id=fields.case_id(),
+        prompt=fields.text("prompt", "text"),
+        subject=fields.text("subject", "concept"),
+        target_new=fields.text("target_new", "labels"),
+        ground_truth=fields.text("ground_truth", default=""),
+        rephrases=fields.texts("rephrase_prompt", "rephrase"),
+        locality=tuple(fields.probes("locality")),
+        portability=tuple(fields.probes("portability")),
+    )
+
+
+class _Fields:
+    """One JSON object of a file, read field by field, with errors that say where it stands."""
+
+    def __init__(self, path: FilePath, index: int, raw: object, prefix: str = "") -> None:
+        self.path, self.index, self.prefix = path, index, prefix
+        if not isinstance(raw, dict):
+            where = f"field '{prefix[:-1]}' " if prefix else ""
+            raise ValueError(f"{path}, record {index}: {where}must be an object of named fields, not {_kind(raw)}")
+        self.raw: dict[str, Any] = raw
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.raw
+
+    def error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f"{self.path}, record {self.index}: field '{self.prefix}{name}' {problem}")
+
+    def inner(self, name: str) -> _Fields:
+        self._require(name)
+        return _Fields(self.path, self.index, self.raw[name], f"{self.prefix}{name}.")
+
+    def case_id(self) -> str:
+        for name in ("case_id", "id"):
+            if isinstance(self.raw.get(name), (int, str)):
+                return str(self.raw[name])
+        return str(self.index)
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        """The first of these fields that is there, without outer spaces; of a list of answers, the first one."""
+        name = next((name for name in names if self.raw.get(name) is not None), None)
+        if name is None:
+            if default is None:
+                self._require(*names)
+            return default or ""
+        return self._answer(name, self.raw[name])
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """All texts of the first of these fields that is there; none of them has to be."""
+        name = next((name for name in names if self.raw.get(name) is not None), None)
+        if name is None:
+            return ()
+        value = self.raw[name]
+        items = value if isinstance(value, list) else [value]
+        return tuple(text for item in items if (text := self._answer(name, item)))
+
+    def pair(self, kind: str, prompt_name: str, answer_name: str) -> tuple[Probe, ...]:
+        prompt = self.text(prompt_name, default="")
+        return (Probe(kind, prompt, answer),) if prompt and (answer := self.text(answer_name)) else ()
+
+    def hop(self) -> tuple[Probe, ...]:
+        """The one question that EasyEdit's own portability files add to ZsRE and CounterFact."""
+        if self.raw.get("portability") is None:
+            return ()
+        return self.inner("portability").pair(ONE_HOP, "New Question", "New Answer")
+
+    def probes(self, name: str) -> Iterator[Probe]:
+        """KnowEdit's `{kind: [{prompt, ground_truth}, ...]}`; as in the toolkit, one without an answer is no probe."""
+        if self.raw.get(name) is None:
+            return
+        kinds = self.inner(name)
+        for kind, value in kinds.raw.items():
+            items = value if isinstance(value, list) else [] if value is None else [value]
+            for number, item in enumerate(items):
+                probe = _Fields(self.path, self.index, item, f"{kinds.prefix}{kind}[{number}].")
+                probe._require("prompt")
+                probe._require("ground_truth")
+                prompts, truth = probe.raw["prompt"], probe.raw["ground_truth"]
+                if isinstance(prompts, list):
+                    if not isinstance(truth, list) or len(truth) != len(prompts):
+                        raise probe.error(
+                            "ground_truth", f"must be a list of {len(prompts)} answers, one for each prompt"
+                        )
+                else:
+                    prompts, truth = [prompts], [truth]
+                for prompt, answer in zip(prompts, truth, strict=True):
+                    text, expected = probe._answer("prompt", prompt), probe._answer("ground_truth", answer)
+                    if text and expected:
+                        yield Probe(kind, text, expected)
+
+    def _answer(self, name: str, value: object) -> str:
+        while isinstance(value, list):  # alternatives, possibly nested: the first one counts
+            value = value[0] if value else ""
+        if not isinstance(value, str):
+            raise self.error(name, f"must be text, not {_kind(value)}")
+        return value.strip()
+
+    def _require(self, *names: str) -> None:
+        if not any(self.raw.get(name) is not None for name in names):
+            there = ", ".join(sorted(self.raw)) or "nothing"
+            other = "".join(f" (or '{name}')" for name in names[1:])
+            raise self.error(
+                names[0], f"is missing{other}: add it, or check that the file is of this kind; found {there}"
+            )
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
