@@ -3,9 +3,12 @@
 Importing this package is enough for the toolkit's `BaseEditor` to know the method.
 """
 
+from typing import Any
+
 from .hparams import CoachHooKHparams, CoachHooKHyperParams
 from .session import EditResult, EditSession, SessionState
 from .tokens import Request
+from .toolkit import register
 
 __version__ = "0.1.0"
 
@@ -17,3 +20,14 @@ __all__ = [
     "Request",
     "SessionState",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CoachHooKEditor":  # needs EasyEdit, which the rest does not
+        from .editor import CoachHooKEditor
+
+        return CoachHooKEditor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

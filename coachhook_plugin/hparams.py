@@ -7,9 +7,10 @@ meaning, so a MEMIT file becomes a CoachHooK file by changing `alg_name`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,8 +75,7 @@ class CoachHooKHparams:
     ln_f_module: str | None = None
     lm_head_module: str | None = None
 
-    seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)  # for the caller's own use; never read here
+    seed: int = 0  # of the sampled contexts and statistics text
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -128,11 +128,7 @@ class CoachHooKHparams:
         unknown = sorted(set(config) - set(fields))
         if unknown:
             raise KeyError(f"unknown hyperparameter {', '.join(map(repr, unknown))}; known: {', '.join(fields)}")
-        missing = [
-            name
-            for name, f in fields.items()
-            if name not in config and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
+        missing = [name for name, f in fields.items() if name not in config and f.default is dataclasses.MISSING]
         if missing or "alg_name" not in config:
             raise KeyError(f"missing hyperparameter {', '.join(map(repr, missing or ['alg_name']))}")
         config = dict(config)
@@ -174,13 +170,9 @@ def _find(name_or_path: str) -> Path:
     return shipped
 
 
-_HINTS: dict[str, Any] = {}
-
-
+@functools.cache
 def _types() -> dict[str, Any]:
-    if not _HINTS:
-        _HINTS.update(typing.get_type_hints(CoachHooKHparams))
-    return _HINTS
+    return typing.get_type_hints(CoachHooKHparams)
 
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:

@@ -92,18 +92,19 @@ def key_statistics(
 
 def toolkit_file(model: nn.Module, parts: ModelParts, layer: int, hparams: CoachHooKHparams) -> Path | None:
     """The layer's statistics under `stats_dir`, in the naming of the source version or of the release."""
+    return next((path for path in toolkit_paths(model, parts, layer, hparams) if path.is_file()), None)
+
+
+def toolkit_paths(model: nn.Module, parts: ModelParts, layer: int, hparams: CoachHooKHparams) -> list[Path]:
+    """Where the source version and the release of the toolkit look for the layer's statistics."""
     if hparams.stats_dir is None:
-        return None
+        return []
     named = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    folders = [named.rsplit("/")[-1], named.replace("/", "_")]
+    folders = dict.fromkeys([named.rsplit("/")[-1], named.replace("/", "_")])
     size = "" if hparams.mom2_n_samples is None else f"_{hparams.mom2_n_samples}"
     file = f"{parts.names.projection.format(layer)}_{hparams.mom2_dtype}_mom2{size}.npz"
     dataset = Path(hparams.mom2_dataset).stem or hparams.mom2_dataset
-    for folder in folders:
-        path = Path(hparams.stats_dir) / folder / f"{dataset}_stats" / file
-        if folder and path.is_file():
-            return path
-    return None
+    return [Path(hparams.stats_dir) / folder / f"{dataset}_stats" / file for folder in folders if folder]
 
 
 def load_statistics(path: Path, key_size: int) -> KeyStatistics:

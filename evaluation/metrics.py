@@ -1,8 +1,8 @@
 """The toolkit's scores, computed in batches (`easyeditor/evaluate/evaluate.py`, teacher forcing), and perplexity.
 
-A probe is a prompt and an answer. The model reads `prompt + " " + answer`; at every token of the answer its most likely
-token is compared with the answer's own (reliability, generality, portability) or with what it said before the edits
-(locality).
+A probe is a prompt and an answer. The model reads `prompt + " " + answer`; at every token of the answer its most
+likely token is compared with the answer's own (reliability, generality, portability) or with what it said before the
+edits (locality).
 """
 
 from __future__ import annotations

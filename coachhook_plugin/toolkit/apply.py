@@ -31,7 +31,6 @@ FREE = frozenset(
         "evaluation_type",
         "api_key",
         "target_tokens",
-        "extra",
     }
 )
 
