@@ -7,7 +7,7 @@ then all batches are written, and then everything is scored, so that what later 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
     @property
     def session(self) -> EditSession:
         """The edit session that lives on the model; made on first use."""
-        return EditSession.of(self.model) or EditSession(self.model, self.tok, self.hparams)
+        return EditSession.of(self.model) or EditSession(self.model, self.tok, replace(self.hparams))
 
     def consecutive_edit(
         self,

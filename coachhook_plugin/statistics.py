@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .architectures import ModelParts, weight_shape
+from .architectures import ModelParts, context_length, weight_shape
 from .cache import cache_dir, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
@@ -38,7 +38,7 @@ from .trace import captured
 LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cache; raise it when the same settings would give other numbers
-ROWS, LENGTH = 16, 256  # of a batch of text
+ROWS, LENGTH = 16, 256  # of a batch of text; rows are shorter where the model's context is
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -145,24 +145,28 @@ def save_statistics(path: Path, statistics: KeyStatistics, sample_size: int | No
 class SampledText:
     """Text the model writes by itself, from its start token, drawn from the whole distribution."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, tokens: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, tokens: int, seed: int, device: torch.device, length: int = LENGTH
+    ) -> None:
+        self._length = length
         self._model, self._device, self._seed = model, device, seed
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._first = int(first if first is not None else 0)
         self._banned = [i for i in tokenizer.all_special_ids if i is not None]
-        self.batches = max(1, -(-tokens // (ROWS * LENGTH)))
-        self.description = {"source": "self", "seed": seed, "batches": self.batches, "first": self._first}
+        self.batches = max(1, -(-tokens // (ROWS * length)))
+        told = {"seed": seed, "batches": self.batches, "first": self._first, "length": length}
+        self.description = {"source": "self", **told}
 
     def batch(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
         start = torch.full((ROWS, 1), self._first, device=self._device)
-        return sample(self._model, start, LENGTH + 1, generator, banned=self._banned)[:, 1:]
+        return sample(self._model, start, self._length + 1, generator, banned=self._banned)[:, 1:]
 
 
 class PackedText:
     """Documents, one after another, cut into rows of equal length."""
 
-    def __init__(self, documents: Sequence[str], name: str, tokenizer: Any, tokens: int) -> None:
+    def __init__(self, documents: Sequence[str], name: str, tokenizer: Any, tokens: int, length: int = LENGTH) -> None:
         ids: list[int] = []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for document in documents:
@@ -172,11 +176,11 @@ class PackedText:
         ids = ids[: max(tokens, 1)]
         if not ids:
             raise ValueError(f"mom2_dataset {name!r} holds no text")
-        length = min(LENGTH, len(ids))
+        length = min(length, len(ids))
         self._rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
         self.batches = -(-len(self._rows) // ROWS)
         told = hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()
-        self.description = {"source": Path(name).name, "tokens": told}
+        self.description = {"source": Path(name).name, "tokens": told, "length": length}
 
     def batch(self, index: int) -> torch.Tensor:
         return self._rows[index * ROWS : (index + 1) * ROWS]
@@ -186,14 +190,15 @@ def _source(
     model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, key_size: int, device: torch.device
 ) -> TextSource:
     tokens = int(hparams.mom2_key_multiple * key_size)
+    length = min(LENGTH, context_length(model) or LENGTH)
     name = hparams.mom2_dataset
     if name != "self":
         path = Path(name).expanduser()
         if path.is_file():
             paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-            return PackedText(paragraphs, name, tokenizer, tokens)
+            return PackedText(paragraphs, name, tokenizer, tokens, length)
         try:
-            return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens)
+            return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens, length)
         except Exception as error:  # no package, no network, no such data set: all end in the same remedy
             LOG.warning(
                 "mom2_dataset %r cannot be read (%s: %s); text sampled from the model takes its place. Give a text "
@@ -202,7 +207,7 @@ def _source(
                 type(error).__name__,
                 str(error).splitlines()[0] if str(error) else "",
             )
-    return SampledText(model, tokenizer, tokens, hparams.seed, device)
+    return SampledText(model, tokenizer, tokens, hparams.seed, device, length)
 
 
 # The toolkit's short names.

@@ -194,9 +194,9 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], edited: int, loss: int, b
     hidden, reference = at_cut.output, at_last.output
     start = torch.zeros_like(batch.subject)
     whole = _WholeModel(hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
-    if not calls:
-        return whole
     complete = _UpperBlocks(hidden, start, tuple(calls))
+    if not calls:  # the last block is edited: nothing is above it
+        return complete
     builds: tuple[Callable[[], Tail], ...] = (partial(_suffix, complete, batch, caches), lambda: complete)
     for build in builds:
         try:

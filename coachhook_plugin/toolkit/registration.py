@@ -12,6 +12,7 @@ from typing import Any
 
 from . import release
 from .apply import apply_coachhook_to_model, run, running
+from .datasets import keep_subjects
 from .devices import settle_device
 from .imports import TOOLKIT
 from .release import Function
@@ -35,6 +36,7 @@ def join(toolkit: ModuleType) -> None:
     if isinstance(callable_undos, set):
         callable_undos.add(NAME)
     _wrap_editor(_module("editors.editor").BaseEditor, is_release)
+    keep_subjects(_module("dataset.zsre").ZsreDataset)
     setattr(toolkit, MARK, True)
 
 
