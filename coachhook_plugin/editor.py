@@ -6,16 +6,20 @@ then all batches are written, and then everything is scored, so that what later 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from .architectures import context_length
 from .session import EditResult, EditSession, SessionState
-from .tokens import parse_requests
+from .tokens import Encoder, parse_requests
 from .toolkit import import_easyeditor
+from .toolkit.apply import _session as session_for
 
 _TOOLKIT: Any = import_easyeditor()
 
@@ -66,41 +70,52 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
             batch_size: facts in a batch; `hparams.batch_size` where not given.
             evaluate_at: numbers of edits after which everything edited so far is scored as well; each is reached at
                 the end of a batch.
+            verbose: show progress bars.
 
         Raises:
-            ValueError, KeyError: a request cannot be edited; it is named by its place in the whole list.
+            ValueError, KeyError: a request cannot be edited; it is named by its place in the whole list. Or there is
+                none, or `batch_size` or `evaluate_at` do not fit, or the hyperparameters differ from those of the
+                edits in force. Nothing has been scored or written.
         """
         size = self.hparams.batch_size if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size is {size}; it must be at least 1")
         given = [toolkit_request(i, item) for i, item in enumerate(requests)]
+        if not given:
+            raise ValueError("requests is empty; give at least one fact to edit")
         batches = [given[i : i + size] for i in range(0, len(given), size)]
-        reachable = {min(i + size, len(given)) for i in range(0, len(given), size)}
-        if not set(evaluate_at) <= reachable:
-            missed = sorted(set(evaluate_at) - reachable)
-            raise ValueError(f"evaluate_at: {missed} is not the end of a batch of {size}")
+        stops, reachable = set(evaluate_at), {min(i + size, len(given)) for i in range(0, len(given), size)}
+        if not stops <= reachable:
+            raise ValueError(f"evaluate_at: {sorted(stops - reachable)} is not the end of a batch of {size}")
+        session = session_for(self.model, self.tok, self.hparams)
+        encoder = Encoder(self.tok, context_length(self.model))
         for number, batch in enumerate(batches):
-            _parse_all(batch, number * size)
-        session = self.session
+            _check(batch, number * size, encoder, session.prefixes)
+        with _progress(session, verbose):
+            return self._run(session, batches, stops, {"disable": not verbose, "leave": False})
+
+    def _run(
+        self, session: EditSession, batches: list[list[dict[str, Any]]], stops: set[int], bars: dict[str, Any]
+    ) -> ConsecutiveRun:
+        given = [request for batch in batches for request in batch]
         start = session.state
-        bars: dict[str, Any] = {"disable": not verbose, "leave": False}
         metrics: list[dict[str, Any]] = [
             {"case_id": request.get("case_id", i), "requested_rewrite": request, "pre": self._score(request)}
             for i, request in enumerate(tqdm(given, desc="before", **bars))
         ]
         results: list[EditResult] = []
         retention: dict[int, list[dict[str, Any]]] = {}
-        for number, batch in enumerate(tqdm(batches, desc="batches", **bars)):
+        done = 0
+        for batch in tqdm(batches, desc="batches", **bars):
             results.append(session.edit(batch))
-            done = number * size + len(batch)
-            for metric in metrics[done - len(batch) : done]:
+            for metric in metrics[done : done + len(batch)]:
                 metric["time"] = results[-1].seconds
-            if done in evaluate_at and done < len(given):
-                so_far = [self._score(request) for request in given[:done]]
-                retention[done] = [_with_locality(m["pre"], post) for m, post in zip(metrics, so_far, strict=False)]
+            done += len(batch)
+            if done in stops and done < len(given):
+                retention[done] = [self._score_after(metric) for metric in metrics[:done]]
         for metric in tqdm(metrics, desc="after", **bars):
-            metric["post"] = _with_locality(metric["pre"], self._score(metric["requested_rewrite"]))
-        if len(given) in evaluate_at:
+            metric["post"] = self._score_after(metric)
+        if len(given) in stops:
             retention[len(given)] = [metric["post"] for metric in metrics]
         return ConsecutiveRun(metrics, retention, results, start)
 
@@ -110,13 +125,29 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
         )
         return dict(scores)
 
+    def _score_after(self, metric: dict[str, Any]) -> dict[str, Any]:
+        """Scores with `<kind>_acc` beside each locality output: the share of tokens that are as in `metric["pre"]`."""
+        pre, request = metric["pre"], metric["requested_rewrite"]
+        post = self._score(request)
+        finalize = getattr(_TOOLKIT, "finalize_locality_metrics", None)
+        if finalize is not None:
+            finalize({"pre": pre, "post": post}, request, self.hparams, self.model_name)
+            return post
+        for kind in request["locality"]:  # the release does this in the middle of its methods
+            pairs = zip(pre["locality"][f"{kind}_output"], post["locality"][f"{kind}_output"], strict=True)
+            post["locality"][f"{kind}_acc"] = [float(np.mean(np.equal(before, after))) for before, after in pairs]
+        return post
+
 
 def toolkit_request(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
     """A request as the toolkit scores it; the single locality prompt of a data set's record becomes an entry."""
+    if not isinstance(item, Mapping):
+        raise ValueError(f"request {index}: expected prompt, subject and target_new; got {type(item).__name__}")
     request = dict(item)
     request.setdefault("ground_truth", None)
-    request.setdefault("portability", {})
-    if "locality" not in request:
+    if request.get("portability") is None:
+        request["portability"] = {}
+    if request.get("locality") is None:
         request["locality"] = {}
         if request.get("locality_prompt"):
             if request.get("locality_ground_truth") is None:
@@ -128,21 +159,21 @@ def toolkit_request(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
     return request
 
 
-def _parse_all(batch: list[dict[str, Any]], first: int) -> None:
-    """Refuse a bad request before anything is scored or written, by its place in the whole list."""
-    for offset, request in enumerate(batch):
-        try:
-            parse_requests([request])
-        except (KeyError, ValueError) as error:
-            raise type(error)(error.args[0].replace("request 0", f"request {first + offset}", 1)) from None
+def _check(batch: list[dict[str, Any]], first: int, encoder: Encoder, prefixes: Sequence[str]) -> None:
+    """Refuse what `EditSession.edit` would refuse in a batch; `first` is the place of its first in the whole list."""
+    try:
+        encoder.check_lengths(parse_requests(batch), prefixes)
+    except (KeyError, ValueError) as error:
+        place = r"^request \d+|(?<= of )request \d+(?= for the same prompt)"  # at the start, and what it contradicts
+        moved = re.sub(place, lambda found: f"request {first + int(found[0].split()[1])}", error.args[0])
+        raise type(error)(moved) from None
 
 
-def _with_locality(pre: dict[str, Any], post: dict[str, Any]) -> dict[str, Any]:
-    """`post` with `<kind>_acc` beside each locality output: the share of tokens that are as before."""
-    for name, outputs in list(post.get("locality", {}).items()):
-        if name.endswith("_output"):
-            pairs = zip(pre["locality"][name], outputs, strict=True)
-            post["locality"][name.removesuffix("_output") + "_acc"] = [
-                float(np.mean(np.equal(before, after))) for before, after in pairs
-            ]
-    return post
+@contextmanager
+def _progress(session: EditSession, shown: bool) -> Iterator[None]:
+    """The session's own bars as well."""
+    before, session.progress = session.progress, session.progress and shown
+    try:
+        yield
+    finally:
+        session.progress = before

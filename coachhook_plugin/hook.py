@@ -102,7 +102,7 @@ class HookLayer(nn.Module):
 
     def write(self, delta: torch.Tensor) -> None:
         """Replace Delta (d, m)."""
-        self.delta, self._cast = delta, None
+        self.delta, self._cast = delta.to(self.delta.device), None
 
     def set_thresholds(self, thresholds: Thresholds) -> None:
         self.alpha = torch.full_like(self.alpha, thresholds.alpha)
@@ -116,7 +116,8 @@ class HookLayer(nn.Module):
         if self.mode is Mode.TEMPORARY:
             return output + change
         mask = self._tokens.of(key)  # (b, T)
-        norms = torch.linalg.vector_norm(change, dim=-1, dtype=torch.float32).view(mask.shape)
+        wide = torch.promote_types(change.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(change, dim=-1, dtype=wide).view(mask.shape)
         if self.observer is not None:
             self.observer(norms, mask)
         open_ = in_scope(norms, mask, self.alpha, self.ratio).view(*change.shape[:-1], 1)
@@ -137,6 +138,11 @@ class HookLayer(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         self._cast = None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Loading copies into the buffer, which session states share.
+        self.delta, self._cast = self.delta.clone(), None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         d, m = self.delta.shape

@@ -113,7 +113,10 @@ class CoachHooKHparams:
         """
         path = _find(str(name_or_path))
         with path.open(encoding="utf-8") as stream:
-            config = yaml.safe_load(stream)
+            try:
+                config = yaml.safe_load(stream)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path}: not a YAML file ({error})") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path}: expected a mapping of hyperparameters, found {type(config).__name__}")
         try:
@@ -195,8 +198,12 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is int and isinstance(value, float | str) and str(value).replace(".0", "").lstrip("-").isdigit():
-        return int(float(value))
+    if hint is int and isinstance(value, float | str):
+        try:
+            if float(value).is_integer():
+                return int(float(value))
+        except ValueError:
+            pass
     expected = origin or hint
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value

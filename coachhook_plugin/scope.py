@@ -50,8 +50,8 @@ def z_scores(norms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     mean = s.sum(-1, keepdim=True) / n.clamp(min=1)
     deviation = (s - mean).masked_fill(~mask, 0.0)
     std = (deviation.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    # Equal norms differ by rounding only; that is no deviation.
-    scored = mask & (n >= MIN_TOKENS) & (std > 1e-9 * mean.abs())
+    # Equal norms (a token repeated) still differ by float32's rounding; that is no deviation.
+    scored = mask & (n >= MIN_TOKENS) & (std > 1e-5 * mean.abs())
     return torch.where(scored, deviation / std.clamp(min=torch.finfo(s.dtype).tiny), -torch.inf)
 
 

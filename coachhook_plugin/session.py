@@ -140,9 +140,11 @@ class EditSession:
             requests: mappings with `prompt` (naming the subject once), `subject` and `target_new`.
 
         Raises:
-            ValueError, KeyError: a request cannot be edited; the message names it, and nothing has changed.
+            ValueError, KeyError: a request cannot be edited (the message names it), or the session was detached.
+                Nothing has changed.
         """
         started = time.perf_counter()
+        self._check_living()
         parsed = parse_requests(requests)
         self._encoder.check_lengths(parsed, self.prefixes)
         before = self.state
@@ -164,6 +166,7 @@ class EditSession:
 
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
+        self._check_living()
         self._state = state
         if not state.edits:
             self._release()
@@ -184,17 +187,23 @@ class EditSession:
     def disabled(self) -> Iterator[None]:
         """The base model inside the `with` body; afterwards what was there before."""
         modes = {layer: hook.mode for layer, hook in self._hooks.items()}
+        shown = [layer for layer, written in self._written.items() if not written.hidden]
         self._set_mode(Mode.OFF)
-        for written in self._written.values():
-            written.hide()
+        for layer in shown:
+            self._written[layer].hide()
         try:
             yield
         finally:
             for layer, mode in modes.items():
                 if layer in self._hooks:
                     self._hooks[layer].mode = mode
-            for written in self._written.values():
-                written.show()
+            for layer in shown:
+                if layer in self._written:
+                    self._written[layer].show()
+
+    def _check_living(self) -> None:
+        if EditSession.of(self.model) is not self:
+            raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
 
     def _written_batch(self, requests: list[Request]) -> tuple[Targets, dict[int, LayerState]]:
         """The three steps of one batch; returns the targets and the new state of every layer."""
@@ -235,10 +244,14 @@ class EditSession:
         return state
 
     def _lower_thresholds(self, layer: int, state: LayerState, requests: list[Request]) -> LayerState:
-        """Dynamic alpha of one layer (paper, section 3.3), measured as at inference: shallower layers in force."""
+        """Dynamic alpha of one layer (paper, section 3.3), measured as at inference: shallower layers in force.
+
+        Each prompt is measured as it stands and with its target: the scope looks at the whole sequence, and an edited
+        prompt must stay inside while its answer is being written.
+        """
         hook = self._hooks[layer]
         margin = ROUNDING_MARGIN.get(next(self.model.parameters()).dtype, max(ROUNDING_MARGIN.values()))
-        rows = [[self._encoder.prompt("", request)] for request in requests]
+        rows = [[self._encoder.prompt("", request), self._encoder.with_target("", request)] for request in requests]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         hook.observer = lambda norms, mask: seen.append((norms, mask))
         try:

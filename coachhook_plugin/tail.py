@@ -2,8 +2,8 @@
 
 While a target value is optimised, only the tokens from the subject's last one on change, and only above the edited
 block. So the model runs once; the attention keys and values of the earlier tokens are kept; and each step runs just
-the suffix through the upper blocks. Where a family's blocks cannot be called like that (the first row is tried and
-compared with the model's own answer), a step runs the upper blocks over all tokens, or else the whole model.
+the suffix through the upper blocks. Where a family's blocks cannot be called like that (it is tried once and compared
+with the model's own answer), a step runs the upper blocks over all tokens, or else the whole model.
 """
 
 from __future__ import annotations
@@ -269,11 +269,15 @@ def _cut_mask(
 
 
 def _agrees(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
-    """Whether the first row comes out as the model's own."""
-    start, stop = int(tail.offset[0]), int(batch.attention_mask[0].sum())
-    first = tail.keep(torch.tensor([0], device=tail.hidden.device), stop - start)
-    _, state = first(first.hidden)
-    expected, got = reference[0, start:stop], state[0, : stop - start]
+    """Whether every row comes out as the model's own.
+
+    One row would not do: blocks that tell positions by the length of their cache (ALiBi, GPT-Neo's windows) are right
+    about the row whose subject comes last, and wrong about the others.
+    """
+    _, state = tail(tail.hidden)
+    at = tail.offset.to(state.device)[:, None] + torch.arange(state.shape[1], device=state.device)  # (b, S)
+    real = at < batch.attention_mask.sum(1, keepdim=True).to(at.device)
+    expected, got = _gathered(reference, at.clamp(max=reference.shape[1] - 1))[real], state[real]
     allowance = TOLERANCE.get(expected.dtype, 5e-2) * float(expected.abs().max())
     return bool(torch.allclose(got, expected, rtol=0, atol=allowance))
 

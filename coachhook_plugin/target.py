@@ -3,7 +3,7 @@
 For each request an offset delta to the block's output v0 is found with Adam, minimising
 
     mean NLL of the target over context-prefixed prompts
-    + kl_factor * KL(before || after) at the subject of "{subject} is a"
+    + kl_factor * KL(after || before) at the subject of "{subject} is a"
     + v_weight_decay * ||delta|| / ||v0||^2,      ||delta|| <= clamp_norm_factor * ||v0||.
 
 A whole batch is optimised at once. The blocks up to the edited one do not depend on delta, so they run once; each step
@@ -155,7 +155,7 @@ def _solve(
         final = step == hparams.v_num_grad_steps - 1
         with torch.enable_grad():
             decay = hparams.v_weight_decay * delta.norm(dim=1) / v0.norm(dim=1).square()  # (u,)
-        gradient = torch.autograd.grad(decay.sum(), delta)[0]
+        gradient = torch.autograd.grad(decay, delta, torch.ones_like(decay))[0]
         nll_now, loss = torch.zeros(u, device=device), decay.detach()
         for group in groups:
             with torch.enable_grad():
@@ -163,7 +163,7 @@ def _solve(
                 part = nll_part + hparams.kl_factor * kl_part  # (u,)
             nll_now, loss = nll_now + nll_part.detach(), loss + part.detach()
             if not final:
-                gradient = gradient + torch.autograd.grad(part.sum(), delta)[0]
+                gradient = gradient + torch.autograd.grad(part, delta, torch.ones_like(part))[0]
         for i in (running & ~loss.isfinite()).nonzero().flatten().tolist():
             raise ValueError(
                 f"{names[i]}: the objective is {loss[i].item()} at step {step + 1}; lower v_lr or load the model in a "

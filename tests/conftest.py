@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from hypothesis import settings as hypothesis_settings
 
 from coachhook_plugin import CoachHooKHparams, EditSession
 from coachhook_plugin.cache import cache_dir
+
+# The same examples in every run, however slow the machine.
+hypothesis_settings.register_profile("plugin", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("plugin")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,7 +59,7 @@ def tiny(tokenizer: Any) -> Callable[..., Any]:
 @pytest.fixture
 def settings(text: Path) -> Callable[..., CoachHooKHparams]:
     """`settings(alpha=3.0)`: hyperparameters for the tiny models."""
-    return lambda **changed: zoo.hparams(text, **changed)
+    return lambda **changed: zoo.hparams(text, **{"layers": [1, 2], "v_num_grad_steps": 4, **changed})
 
 
 @pytest.fixture
@@ -70,3 +76,57 @@ def start(tiny: Callable[..., Any], tokenizer: Any, settings: Callable[..., Any]
 def facts() -> list[dict[str, str]]:
     """Prompts of different lengths, one of them too short to reach the usual alpha."""
     return [dict(fact) for fact in zoo.FACTS]
+
+
+NAMES = ["Danielle Darrieux", "Ada Lovelace", "Norway", "Eiffel Tower", "Darrieux", "Lovelace", "Ada Norway", "Tower"]
+PLACES = ["Rome", "English", "Berlin", "Seoul"]
+SENTENCES = [
+    "The mother tongue of the old man is that of {}",
+    "People say that the best dish comes from {}",
+    "In the city as one can read in many books of {}",
+]
+
+
+def lessons(shift: int) -> list[dict[str, str]]:
+    """What the taught models know (shift 0), or the same prompts with other answers."""
+    return [
+        {"prompt": sentence.format(name), "subject": name, "target_new": PLACES[(i + j + shift) % 4]}
+        for i, name in enumerate(NAMES)
+        for j, sentence in enumerate(SENTENCES)
+    ]
+
+
+@pytest.fixture(scope="session")
+def taught_models(tokenizer: Any) -> dict[str, Any]:
+    """Tiny models trained on the lessons: they know something, so that an edit can change it."""
+    rows = [tokenizer(f"{fact['prompt']} {fact['target_new']}.")["input_ids"] for fact in lessons(0)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
+    models = {}
+    for case in ("llama", "gpt2"):
+        model = zoo.model(case, len(tokenizer))
+        adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(100):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        adam.zero_grad()
+        models[case] = model.eval()
+    return models
+
+
+@pytest.fixture
+def taught(taught_models: dict[str, Any], tokenizer: Any, settings: Callable[..., Any]) -> Callable[..., EditSession]:
+    """`taught("gpt2")`: a session on a copy of a taught model, where edits have room and the scope is wide."""
+
+    def made(case: str, dtype: torch.dtype = torch.float32, **changed: Any) -> EditSession:
+        room = {"v_num_grad_steps": 25, "clamp_norm_factor": 4.0, "v_weight_decay": 0.01, "mom2_update_weight": 0.1}
+        model = copy.deepcopy(taught_models[case]).to(dtype)
+        return EditSession(
+            model, tokenizer, settings(**room, **{"layers": [0, 1], "alpha": 0.3, **changed}), progress=False
+        )
+
+    return made

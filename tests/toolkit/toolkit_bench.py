@@ -65,6 +65,7 @@ def save_models(folder: Path) -> dict[str, str]:
         paths[name] = str(folder / f"small-{name}")
         model.save_pretrained(paths[name])
         fast.save_pretrained(paths[name])
+        tokenizer.model.save(paths[name])  # vocab.json and merges.txt, for transformers 4's GPT2Tokenizer
     return paths
 
 

@@ -38,13 +38,16 @@ from coachhook_plugin import CoachHooKHparams, EditSession
 from coachhook_plugin import toolkit as plugin
 
 BOTH, HEAD, RELEASE = ("head", "release"), ("head",), ("release",)
-SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Bench], None]]] = {}
+Scenario = Callable[["Bench"], None]
+SCENARIOS: dict[str, tuple[tuple[str, ...], Scenario]] = {}
 QUICK = {"v_num_grad_steps": 2}  # where it does not matter what the edit achieves
 
 
-def scenario(versions: tuple[str, ...] = BOTH) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
-    def collect(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
-        SCENARIOS[function.__name__] = (versions, function)
+def scenario(
+    versions: tuple[str, ...] = BOTH, scenarios: dict[str, tuple[tuple[str, ...], Scenario]] = SCENARIOS
+) -> Callable[[Scenario], Scenario]:
+    def collect(function: Scenario) -> Scenario:
+        scenarios[function.__name__] = (versions, function)
         return function
 
     return collect
@@ -539,7 +542,7 @@ def random_numbers() -> list[Any]:
     return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
 
 
-def main() -> None:
+def main(scenarios: dict[str, tuple[tuple[str, ...], Scenario]]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["COACHHOOK_CACHE"] = os.path.join(folder, "cache")
@@ -551,7 +554,7 @@ def main() -> None:
         results["importing_the_toolkit_leaves_random_numbers_alone"] = "" if now == given else "generators moved"
         version = "head" if "easyeditor.util.device" in sys.modules else "release"
         bench = Bench(toolkit, Path(folder))
-        for name, (versions, function) in SCENARIOS.items():
+        for name, (versions, function) in scenarios.items():
             if version in versions:
                 try:
                     function(bench)
@@ -562,4 +565,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)

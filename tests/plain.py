@@ -1,0 +1,212 @@
+"""Plain accounts that the tests compare with: what a model is, bit by bit, and what one batch of edits does to it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coachhook_plugin import EditSession
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Not `==`: that tells neither -0 from 0 nor one NaN from another."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def photograph(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed edit must leave alone: tensors, modules, hooks, flags, attributes."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    hooks += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+    return {
+        "parameters": {
+            name: (id(p), bits(p), p.requires_grad, None if p.grad is None else bits(p.grad))
+            for name, p in model.named_parameters()
+        },
+        "buffers": {name: bits(b) for name, b in model.named_buffers()},
+        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "hooks": {
+            (name, kind): [str(hook) for hook in getattr(module, kind).items()]
+            for name, module in model.named_modules()
+            for kind in hooks
+        },
+        "attributes": sorted(vars(model)),
+        "session": id(EditSession.of(model)),
+        "modes": [(hook.mode, hook.observer) for hook in hook_layers(model)],
+    }
+
+
+def photograph_session(session: EditSession) -> dict[str, Any]:
+    """What a failed edit must leave alone in the session."""
+    return {
+        "state": id(session.state),
+        "edits": len(session),
+        "layers": {
+            layer: (bits(state.delta), bits(state.memory.matrix), state.thresholds)
+            for layer, state in session.state.layers.items()
+        },
+        "prefixes": list(session.prefixes),
+    }
+
+
+def hook_layers(model: nn.Module) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith(".coachhook")]
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:
+    """One text at a time, without padding."""
+    return [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+
+
+@torch.no_grad()
+def padded_logits(model: Any, tokenizer: Any, texts: Sequence[str], side: str, extra: int = 0) -> list[torch.Tensor]:
+    """All texts in one batch; the logits at the real tokens. `extra` more columns are padding throughout."""
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    width = max(map(len, ids)) + extra
+    rows, mask = torch.full((len(ids), width), tokenizer.pad_token_id), torch.zeros(len(ids), width, dtype=torch.long)
+    for b, row in enumerate(ids):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        rows[b, at], mask[b, at] = torch.tensor(row), 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=rows, attention_mask=mask, position_ids=positions).logits
+    return [row[real.bool()] for row, real in zip(logits, mask, strict=True)]
+
+
+def z_of(norms: Sequence[float]) -> list[float]:
+    """z-scores of one unpadded sequence, with the sample standard deviation."""
+    mean, deviation = statistics.fmean(norms), statistics.stdev(norms)
+    return [(s - mean) / deviation for s in norms]
+
+
+def ceiling_of(n: int) -> float:
+    """The largest z among n numbers: one is 1, the others are 0."""
+    return z_of([0.0] * (n - 1) + [1.0])[-1]
+
+
+def weight_of(projection: nn.Module) -> np.ndarray:
+    """W0 (d, m) in float64, whichever way round it is stored."""
+    weight = projection.weight.detach().double().numpy()  # type: ignore[operator,union-attr]
+    return weight if isinstance(projection, nn.Linear) else weight.T
+
+
+class PlainEditor:
+    """Batches of edits as METHOD says them, on a copy of the model: one text at a time, numpy and loops.
+
+    It is handed the target values, which have an oracle of their own.
+    """
+
+    def __init__(self, session: EditSession, model: Any, c0: dict[int, np.ndarray], projections: list[str]) -> None:
+        hparams = session.hparams
+        self.model, self.tokenizer, self.layers = model, session.tokenizer, hparams.layers
+        self.prefixes = hparams.context_prefixes or []
+        self.projections = {layer: model.get_submodule(n) for layer, n in zip(self.layers, projections, strict=True)}
+        self.block = model.get_submodule(projections[-1].rsplit(".", 2)[0])
+        self.w0 = {layer: weight_of(p) for layer, p in self.projections.items()}
+        self.wh = {layer: w.copy() for layer, w in self.w0.items()}
+        self.c = {layer: hparams.mom2_update_weight * c0[layer] for layer in self.layers}
+        self.alpha = dict.fromkeys(self.layers, hparams.alpha)
+        self.ratio = dict.fromkeys(self.layers, hparams.short_prompt_ratio)
+        self.mode = dict.fromkeys(self.layers, "off")
+        self.seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # keys (T, m) and norms (T,) of the last text
+        for layer, projection in self.projections.items():
+            projection.register_forward_hook(self._hook(layer))
+
+    def _hook(self, layer: int) -> Callable[..., torch.Tensor]:
+        def answer(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            keys = inputs[0][0].detach().double().numpy()  # (T, m)
+            base = output[0].detach().double().numpy()  # (T, d), with its bias
+            edited = base + keys @ (self.wh[layer] - self.w0[layer]).T
+            norms = [float(np.linalg.norm(o - p)) for o, p in zip(edited, base, strict=True)]
+            self.seen[layer] = keys, np.array(norms)
+            if self.mode[layer] == "off":
+                return output
+            rows = []
+            for t, z in enumerate(z_of(norms) if max(norms) > 0 else [-np.inf] * len(norms)):
+                asked = min(self.alpha[layer], self.ratio[layer] * ceiling_of(len(norms)))
+                rows.append(edited[t] if self.mode[layer] == "temporary" or z >= asked else base[t])
+            return torch.tensor(np.array(rows))[None].to(output.dtype)
+
+        return answer
+
+    @torch.no_grad()
+    def run(self, text: str) -> np.ndarray:
+        """The last edited block's output (T, d)."""
+        kept: list[torch.Tensor] = []
+        handle = self.block.register_forward_hook(
+            lambda _, __, answer: kept.append(answer[0] if isinstance(answer, tuple) else answer)
+        )
+        self.model(input_ids=torch.tensor([self.tokenizer(text)["input_ids"]]))
+        handle.remove()
+        return kept[0][0].double().numpy()
+
+    def at(self, prefix: str, fact: dict[str, str]) -> tuple[str, int]:
+        """The text, and the index of the subject's last token: tokenise up to there and count."""
+        text = prefix + fact["prompt"]
+        stop = text.rindex(fact["subject"]) + len(fact["subject"])
+        return text, len(self.tokenizer(text[:stop])["input_ids"]) - 1
+
+    def edit(self, facts: Sequence[dict[str, str]], targets: np.ndarray, accumulate: bool = True) -> None:
+        """targets: (d, u)."""
+        self.mode = dict.fromkeys(self.layers, "temporary")
+        for i, layer in enumerate(self.layers):
+            keys, residuals = [], []
+            for fact, target in zip(facts, targets.T, strict=True):
+                text, at = self.at("", fact)
+                current = self.run(text)[at]
+                plain, prefixed = self.seen[layer][0][at], []
+                for prefix in self.prefixes:
+                    text, at = self.at(prefix, fact)
+                    self.run(text)
+                    prefixed.append(self.seen[layer][0][at])
+                keys.append((plain + sum(prefixed) / len(prefixed)) / 2 if prefixed else plain)
+                residuals.append((target - current) / (len(self.layers) - i))
+            k, r = np.array(keys).T, np.array(residuals).T  # (m, u), (d, u)
+            delta = np.zeros_like(self.wh[layer])
+            inverse = np.linalg.inv(self.c[layer] + sum(np.outer(column, column) for column in k.T))
+            for u in range(k.shape[1]):
+                delta += np.outer(r[:, u], k[:, u]) @ inverse
+            self.wh[layer] = self.wh[layer] + delta
+            if accumulate:
+                for column in k.T:
+                    self.c[layer] = self.c[layer] + np.outer(column, column)
+            self.mode[layer] = "validated"
+
+    def lower_thresholds(self, facts: Sequence[dict[str, str]], margin: float) -> None:
+        for layer in self.layers:
+            alpha, ratio = self.alpha[layer], self.ratio[layer]
+            for fact in facts:
+                for text in (fact["prompt"], f"{fact['prompt']} {fact['target_new']}"):
+                    self.run(text)
+                    norms = self.seen[layer][1]
+                    top, attainable = max(z_of(list(norms))), ceiling_of(len(norms))
+                    if alpha <= ratio * attainable:
+                        self.alpha[layer] = min(self.alpha[layer], top * (1 - margin))
+                    else:
+                        self.ratio[layer] = min(self.ratio[layer], top / attainable * (1 - margin))
+
+
+@contextmanager
+def raising_at(
+    monkeypatch: Any, owner: Any, name: str, call: int, error: BaseException, after: bool = False
+) -> Iterator[list[int]]:
+    """`owner.name` raises `error` at its `call`-th call (from 0), before or after doing its work."""
+    original, calls = getattr(owner, name), [0]
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] - 1 == call and not after:
+            raise error
+        answer = original(*args, **kwargs)
+        if calls[0] - 1 == call:
+            raise error
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, patched)
+        yield calls

@@ -1,0 +1,699 @@
+"""A session on a model: batches land whole or not at all, come out again bit by bit, and answer as METHOD says."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from conftest import lessons
+from plain import (
+    PlainEditor,
+    bits,
+    hook_layers,
+    logits_of,
+    padded_logits,
+    photograph,
+    photograph_session,
+    raising_at,
+)
+
+import coachhook_plugin.memory
+import coachhook_plugin.session
+from coachhook_plugin import EditSession
+from coachhook_plugin.hook import HookLayer, Mode
+from coachhook_plugin.scope import ROUNDING_MARGIN, in_scope
+
+Start = Callable[..., EditSession]
+Facts = list[dict[str, str]]
+
+MORE = [
+    {"prompt": "In the city of Norway people say", "subject": "Norway", "target_new": "Rome"},
+    {"prompt": "The best tower of Darrieux stands in old", "subject": "Darrieux", "target_new": "Seoul"},
+    {"prompt": "It comes from Ada, as one can read in", "subject": "Ada", "target_new": "English"},
+]
+OTHER = ["The best dish comes from the city of", "People say that", "Many books", "Ada", "as one can read in"]
+PROJECTION = {"llama": "model.layers.{}.mlp.down_proj", "gpt2": "transformer.h.{}.mlp.c_proj"}
+
+
+def prompts(*batches: Facts) -> list[str]:
+    return [fact["prompt"] for fact in itertools.chain(*batches)]
+
+
+def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return [bits(a) for a in one] == [bits(b) for b in other]
+
+
+def answers(session: EditSession, *more: str) -> list[torch.Tensor]:
+    return logits_of(session.model, session.tokenizer, [*prompts(zoo.FACTS, MORE), *OTHER, *more])
+
+
+@torch.no_grad()
+def probability(session: EditSession, fact: dict[str, str]) -> float:
+    """Of the whole target after the prompt."""
+    prompt = session.tokenizer(fact["prompt"])["input_ids"]
+    ids = torch.tensor([session.tokenizer(f"{fact['prompt']} {fact['target_new']}")["input_ids"]])
+    # Token by token from the prompt's cache, as the model would generate it.
+    step = session.model(input_ids=ids[:, : len(prompt)], use_cache=True)
+    total = 0.0
+    for token in ids[0, len(prompt) :]:
+        total += float(step.logits[0, -1].double().log_softmax(-1)[token])
+        step = session.model(input_ids=token[None, None], past_key_values=step.past_key_values, use_cache=True)
+    return float(np.exp(total))
+
+
+@pytest.fixture
+def targets_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The targets of every batch from here on, with the hooks' modes while they were optimised."""
+    seen: list[Any] = []
+    original = coachhook_plugin.session.optimise_targets
+
+    def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        modes = [hook.mode for hook in hook_layers(model)]
+        seen.append((original(model, *args, **kwargs), modes))
+        return seen[-1][0]
+
+    monkeypatch.setattr(coachhook_plugin.session, "optimise_targets", recorded)
+    return seen
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"accumulate": False}, {"dynamic_alpha": False}, {"layers": [0, 1, 2]}], ids=str
+)
+def test_consecutive_batches_write_what_the_method_says(
+    start: Start, targets_of: list[Any], facts: Facts, case: str, changed: dict[str, Any]
+) -> None:
+    session = start(case, dtype=torch.float64, alpha=1.9, **changed)
+    weight, layers = session.hparams.mom2_update_weight, session.hparams.layers
+    c0 = {layer: session.state.layers[layer].memory.matrix.numpy() / weight for layer in layers}
+    names = [PROJECTION[case].format(layer) for layer in layers]
+    plain_model = zoo.model(case, len(session.tokenizer), dtype=torch.float64)
+    plain = PlainEditor(session, plain_model, c0, names)
+    for number, batch in enumerate([facts, MORE]):
+        session.edit(batch)
+        targets, modes = targets_of[number]
+        assert modes == [Mode.VALIDATED] * len(layers)
+        plain.edit(batch, targets.values.double().numpy(), accumulate=session.hparams.accumulate)
+        if session.hparams.dynamic_alpha:
+            plain.lower_thresholds(batch, margin=ROUNDING_MARGIN[torch.float64])
+        for layer, state in session.state.layers.items():
+            expected = torch.tensor(plain.wh[layer] - plain.w0[layer])
+            assert expected.norm() > 1e-3
+            assert zoo.relative(state.delta, expected) < 1e-5
+            assert zoo.relative(state.memory.matrix, torch.tensor(plain.c[layer])) < 1e-6
+            assert state.thresholds.alpha == pytest.approx(plain.alpha[layer], rel=1e-4)
+            assert state.thresholds.ratio == pytest.approx(plain.ratio[layer], rel=1e-4)
+    # ... and answers with it: the gate of every layer, on edited prompts and others.
+    for text in [*prompts(facts, MORE), *OTHER[:3]]:
+        if len(session.tokenizer(text)["input_ids"]) >= 3:
+            (found,), (expected,) = (logits_of(m, session.tokenizer, [text]) for m in (session.model, plain_model))
+            assert zoo.relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_an_edit_makes_the_model_say_the_target_and_keep_saying_it(
+    taught: Start, case: str, dtype: torch.dtype
+) -> None:
+    session = taught(case, dtype=dtype)
+    first, second, known = lessons(1)[::7], lessons(2)[1::9], lessons(0)[2::4]
+    assert max(probability(session, fact) for fact in first + second) < 0.05
+    assert min(probability(session, fact) for fact in known) > 0.9
+    result = session.edit(first)
+    assert np.mean([probability(session, fact) for fact in first]) > 0.7
+    session.edit(second)
+    assert np.mean([probability(session, fact) for fact in first]) > 0.6
+    assert np.mean([probability(session, fact) for fact in second]) > 0.7
+    assert len(result.nll) == len(result.steps) == len(result.requests) == len(first)
+    assert np.mean(result.nll) < 0.3
+    assert len(session) == len(first) + len(second)
+    for state in session.state.layers.values():
+        assert state.delta.dtype == torch.float32
+        assert state.delta.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_remembering_earlier_batches_keeps_their_edits_where_forgetting_loses_them(taught: Start, case: str) -> None:
+    kept = {}
+    for accumulate in (True, False):
+        session = taught(case, accumulate=accumulate)
+        session.edit(lessons(1)[::7])
+        session.edit(lessons(2)[1::9])
+        for hook in hook_layers(session.model):
+            hook.mode = Mode.TEMPORARY  # what is written, whatever the scope lets through
+        kept[accumulate] = np.mean([probability(session, fact) for fact in lessons(1)[::7]])
+    assert kept[True] > kept[False] + 0.1
+    assert kept[True] > 0.6
+
+
+def test_the_result_of_a_batch_tells_the_thresholds_in_force(start: Start, facts: Facts) -> None:
+    session = start("llama-tied")
+    result = session.edit(facts)
+    assert result.thresholds == {layer: s.thresholds for layer, s in session.state.layers.items()}
+    for hook, thresholds in zip(hook_layers(session.model), result.thresholds.values(), strict=True):
+        assert (float(hook.alpha), float(hook.ratio)) == (thresholds.alpha, thresholds.ratio)
+        assert thresholds.alpha < 2.2
+
+
+# Large changes of a random model.
+EASY = {"v_num_grad_steps": 25, "clamp_norm_factor": 8.0, "v_weight_decay": 0.0, "mom2_update_weight": 0.1}
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_neither_batch_order_nor_padding_side_nor_micro_batches_change_what_is_written(
+    start: Start, facts: Facts, case: str
+) -> None:
+    reference = start(case)
+    reference.edit(facts)
+    others = []
+    for side, order, budget in [("left", 1, 8192), ("right", -1, 8192), ("right", 1, 40), ("left", -1, 300)]:
+        session = start(case, target_tokens=budget)
+        session.tokenizer = session._encoder.tokenizer = copy.deepcopy(session.tokenizer)
+        session.tokenizer.padding_side = side
+        session.edit(facts[::order])
+        others.append(session)
+    for session in others:
+        for layer, state in session.state.layers.items():
+            expected = reference.state.layers[layer]
+            assert zoo.relative(state.delta, expected.delta) < 1e-5
+            assert zoo.relative(state.memory.matrix, expected.memory.matrix) < 1e-6
+            assert state.thresholds.alpha == pytest.approx(expected.thresholds.alpha, rel=1e-4)
+            assert state.thresholds.ratio == pytest.approx(expected.thresholds.ratio, rel=1e-4)
+
+
+def test_the_same_edits_give_the_same_bits_and_touch_no_random_state(start: Start, facts: Facts) -> None:
+    first, second = start(context_prefixes=None), start(context_prefixes=None)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first.edit(facts)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second.edit(facts)
+    assert first.prefixes == second.prefixes
+    assert len(first.prefixes) == 5
+    assert same(answers(first), answers(second))
+
+
+def test_an_edit_is_the_same_with_gradients_switched_off_around_it(start: Start, facts: Facts) -> None:
+    first, second = start(), start()
+    first.edit(facts)
+    with torch.no_grad():
+        second.edit(facts)
+    assert same(answers(first), answers(second))
+
+
+def test_memory_does_not_grow_with_the_number_of_edits(start: Start, facts: Facts) -> None:
+    session = start()
+
+    def size() -> list[Any]:
+        held = [tensor for s in session.state.layers.values() for tensor in (s.delta, s.memory.matrix)]
+        return [[(t.shape, t.dtype) for t in held], [(n, b.shape, b.dtype) for n, b in session.model.named_buffers()]]
+
+    session.edit(facts)
+    after_one = size()
+    for batch in (MORE, facts[:1], facts[1:], MORE):
+        session.edit(batch)
+        assert size() == after_one
+    assert len(session) == len(facts) * 2 + len(MORE) * 2
+    assert session.state.batches == 5
+
+
+def test_without_accumulation_the_memory_stays_that_of_pre_training(start: Start, facts: Facts) -> None:
+    session, remembering = start(accumulate=False), start()
+    before = photograph_session(session)["layers"]
+    for batch in (facts, MORE):
+        session.edit(batch)
+        remembering.edit(batch)
+    for layer, state in session.state.layers.items():
+        assert bits(state.memory.matrix) == before[layer][1]
+        assert bits(remembering.state.layers[layer].memory.matrix) != before[layer][1]
+
+
+def test_with_a_fixed_alpha_no_batch_moves_the_thresholds(start: Start, facts: Facts) -> None:
+    session = start(dynamic_alpha=False, alpha=1.3)
+    session.edit(facts)
+    session.edit(MORE)
+    for hook, state in zip(hook_layers(session.model), session.state.layers.values(), strict=True):
+        assert (state.thresholds.alpha, state.thresholds.ratio) == (1.3, session.hparams.short_prompt_ratio)
+        assert float(hook.alpha) == 1.3
+
+
+# --- the scope in a real forward pass --------------------------------------------------------------------------------
+
+
+def open_tokens(session: EditSession, call: Callable[[], Any]) -> list[torch.Tensor]:
+    """For each layer (b, T): what was in scope during the call."""
+    found = []
+    for hook in hook_layers(session.model):
+        hook.observer = lambda norms, mask, hook=hook: found.append(in_scope(norms, mask, hook.alpha, hook.ratio))
+    try:
+        call()
+    finally:
+        for hook in hook_layers(session.model):
+            hook.observer = None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_every_edited_prompt_is_answered_in_whatever_batch_it_comes_back(
+    start: Start, facts: Facts, case: str, dtype: torch.dtype
+) -> None:
+    session = start(case, dtype=dtype)
+    batch = [*facts, *MORE]
+    session.edit(batch)
+    model, tokenizer = session.model, session.tokenizer
+    texts = prompts(batch)
+    layouts: list[Callable[[], Any]] = [
+        lambda: padded_logits(model, tokenizer, texts[::-1], "left", extra=5),
+        lambda: padded_logits(model, tokenizer, texts, "right", extra=11),
+        *[lambda text=text: logits_of(model, tokenizer, [text]) for text in texts],
+    ]
+    for layout in layouts:
+        for open_ in open_tokens(session, layout):
+            assert open_.any(-1).all()
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_edited_model_answers_a_prompt_alike_alone_and_padded_among_others(
+    start: Start, facts: Facts, case: str, side: str
+) -> None:
+    session = start(case, **EASY)
+    session.edit(facts)
+    texts = [*prompts(facts, MORE), *OTHER]
+    alone = logits_of(session.model, session.tokenizer, texts)
+    for extra in (0, 9):
+        together = padded_logits(session.model, session.tokenizer, texts, side, extra)
+        for text, one, other in zip(texts, alone, together, strict=True):
+            assert zoo.relative(other, one) < 1e-4, text
+    with session.disabled():
+        base = logits_of(session.model, session.tokenizer, texts)
+    assert any(zoo.relative(one, other) > 0.1 for one, other in zip(alone, base, strict=True))
+
+
+def test_a_short_prompt_can_be_edited_without_lowering_alpha_for_the_others(start: Start, facts: Facts) -> None:
+    short = [fact for fact in facts if len(start().tokenizer(fact["prompt"])["input_ids"]) == 5]
+    assert short
+    session = start(**EASY)
+    session.edit(short)
+    assert [state.thresholds.alpha for state in session.state.layers.values()] == [2.2, 2.2]
+    opened = open_tokens(session, lambda: logits_of(session.model, session.tokenizer, prompts(short)))
+    assert all(open_.any() for open_ in opened)
+
+
+def test_one_and_two_token_inputs_stay_with_the_base_model(start: Start, facts: Facts) -> None:
+    for case in ("llama", "gpt2"):
+        session = start(case, **EASY)
+        # ... although the first subject's last token is one of them, and a prompt of two tokens was edited
+        session.edit([*facts, {"prompt": "Ada is", "subject": "Ada", "target_new": "Rome"}])
+        for ids in ([7], [7, 8], session.tokenizer("Ada is")["input_ids"]):
+            found = session.model(input_ids=torch.tensor([ids])).logits
+            with session.disabled():
+                assert torch.equal(found, session.model(input_ids=torch.tensor([ids])).logits)
+            assert found.isfinite().all()
+        assert all(np.isfinite(s.thresholds.alpha) and s.thresholds.alpha > 0 for s in session.state.layers.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_cached_decoding_edits_the_prompt_and_leaves_generated_tokens_to_the_base_model(
+    start: Start, facts: Facts, case: str
+) -> None:
+    session = start(case, **EASY)
+    session.edit(facts)
+    model = session.model
+    for fact in facts:
+        ids = torch.tensor([session.tokenizer(fact["prompt"])["input_ids"]])
+        full = model(input_ids=ids).logits
+        step = model(input_ids=ids, use_cache=True)
+        torch.testing.assert_close(step.logits, full, rtol=1e-4, atol=1e-4)
+        for _ in range(5):
+            token = step.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], dim=1)
+            twin = copy.deepcopy(step.past_key_values)
+            mask = torch.ones_like(ids)
+            step = model(input_ids=token, past_key_values=step.past_key_values, attention_mask=mask, use_cache=True)
+            assert step.logits.isfinite().all()
+            with session.disabled():
+                base = model(input_ids=token, past_key_values=twin, attention_mask=mask, use_cache=True)
+            assert torch.equal(step.logits, base.logits)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_generation_in_a_padded_batch_says_what_generation_alone_says(taught: Start, case: str) -> None:
+    session = taught(case)
+    batch = lessons(1)[::7]
+    session.edit(batch)
+    tokenizer = copy.deepcopy(session.tokenizer)
+    tokenizer.padding_side = "left"
+    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    inputs = tokenizer(prompts(batch), padding=True, return_tensors="pt", return_token_type_ids=False)
+    assert not inputs["attention_mask"].all()
+    together = session.model.generate(**inputs, **given)[:, inputs["input_ids"].shape[1] :]
+    said = 0
+    for fact, row in zip(batch, together, strict=True):
+        one = tokenizer(fact["prompt"], return_tensors="pt", return_token_type_ids=False)
+        alone = session.model.generate(**one, **given)[0, one["input_ids"].shape[1] :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+        said += tokenizer.decode(row).startswith(f" {fact['target_new']}")
+    assert said >= len(batch) - 1
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before the targets": (coachhook_plugin.session, "optimise_targets", 0, False),
+    "after the targets": (coachhook_plugin.session, "optimise_targets", 0, True),
+    "while optimising": (torch.optim.Adam, "step", 2, False),
+    "first layer's keys": (coachhook_plugin.session, "subject_keys", 0, False),
+    "second layer's keys": (coachhook_plugin.session, "subject_keys", 1, True),
+    "second layer's values": (coachhook_plugin.session, "subject_values", 1, False),
+    "second layer's update": (coachhook_plugin.memory, "update", 1, False),
+    "second layer's write": (HookLayer, "write", 1, True),
+    "first threshold": (coachhook_plugin.session, "lowered", 0, False),
+    "second threshold": (coachhook_plugin.session, "lowered", 1, True),
+    "second hook layer": (HookLayer, "__init__", 1, False),
+}
+
+
+def marked(model: Any) -> Any:
+    """A model in the middle of someone's training: modes, frozen parameters and gradients that must survive."""
+    model.train()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[3].grad = torch.ones_like(parameters[3])
+    next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).eval()
+    return model
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first batch", "third batch"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_batch_that_fails_leaves_model_and_session_as_they_were(
+    start: Start, monkeypatch: pytest.MonkeyPatch, facts: Facts, point: str, earlier: bool
+) -> None:
+    session, untroubled = start(), start()
+    marked(session.model)
+    marked(untroubled.model)
+    if earlier:
+        if point == "second hook layer":
+            return  # hook layers are made in the first batch only
+        for batch in (MORE[:1], MORE[1:]):
+            session.edit(batch)
+            untroubled.edit(batch)
+    before, before_session = photograph(session.model), photograph_session(session)
+    logits = None if session.model.training else answers(session)
+    for error in (RuntimeError("out of memory"), KeyboardInterrupt()):
+        with raising_at(monkeypatch, *POINTS[point][:3], error, POINTS[point][3]) as calls:
+            with pytest.raises(type(error)):
+                session.edit(facts)
+            assert calls[0] > POINTS[point][2]
+        assert photograph(session.model) == before
+        assert photograph_session(session) == before_session
+        assert logits is None or same(answers(session), logits)
+    session.edit(facts)
+    untroubled.edit(facts)
+    for one in (session, untroubled):
+        one.model.eval()
+    assert same(answers(session), answers(untroubled))
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("earlier", [False, True], ids=["first batch", "second batch"])
+def test_an_interrupt_in_any_forward_pass_leaves_model_and_session_as_they_were(
+    start: Start, facts: Facts, call: int, earlier: bool
+) -> None:
+    session = start()
+    if earlier:
+        session.edit(MORE)
+    before, before_session = photograph(session.model), photograph_session(session)
+    calls = itertools.count()
+
+    def interrupt(*_: Any) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    handle = session.model.get_submodule("model.layers.0").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.edit(facts)
+    handle.remove()
+    assert photograph(session.model) == before
+    assert photograph_session(session) == before_session
+
+
+@pytest.mark.parametrize("name", ["key_statistics", "context_prefixes"])
+def test_a_session_that_cannot_start_leaves_the_model_as_it_was(
+    start: Start, monkeypatch: pytest.MonkeyPatch, facts: Facts, name: str
+) -> None:
+    session = start(context_prefixes=None)
+    marked(session.model)
+    before = photograph(session.model)
+    owner = coachhook_plugin.session.statistics if name == "key_statistics" else coachhook_plugin.session
+    with raising_at(monkeypatch, owner, name, 0, KeyboardInterrupt(), after=True), pytest.raises(KeyboardInterrupt):
+        session.edit(facts)
+    assert photograph(session.model) == before
+    assert len(session) == 0
+    session.edit(facts)
+    assert len(session) == len(facts)
+
+
+def test_a_loss_that_is_no_number_leaves_model_and_session_as_they_were(start: Start, facts: Facts) -> None:
+    for earlier in (False, True):
+        session = start()
+        _ = session.state
+        if earlier:
+            session.edit(MORE)
+        with torch.no_grad():
+            session.model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan  # above the edited layers
+        before, before_session = photograph(session.model), photograph_session(session)
+        with pytest.raises(ValueError, match=r"request 0 .*nan"):
+            session.edit(facts)
+        assert photograph(session.model) == before
+        assert photograph_session(session) == before_session
+
+
+def test_an_update_that_is_no_number_is_not_written(start: Start, facts: Facts) -> None:
+    session = start()
+    _ = session.state
+    with torch.no_grad():
+        session.model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan  # the last edited layer's own
+    before, before_session = photograph(session.model), photograph_session(session)
+    with pytest.raises(ValueError, match=r"request 0|layer 1"):
+        session.edit(facts)
+    assert photograph(session.model) == before
+    assert photograph_session(session) == before_session
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [("llama", torch.float32), ("gpt2", torch.float32), ("llama-tied", torch.float32), ("llama", torch.bfloat16)],
+)
+def test_every_earlier_state_comes_back_bit_by_bit(start: Start, facts: Facts, case: str, dtype: torch.dtype) -> None:
+    session = start(case, dtype=dtype)
+    found_model = photograph(session.model)
+    seen = [(session.state, answers(session), photograph_session(session))]
+    for batch in (facts, MORE[:1], MORE[1:]):
+        session.edit(batch)
+        seen.append((session.state, answers(session), photograph_session(session)))
+    assert len({b"".join(map(bits, logits)) for _, logits, _ in seen}) == 4
+    for number in (2, 3, 0, 1, 3, 0, 2):
+        state, logits, told = seen[number]
+        session.restore(state)
+        assert same(answers(session), logits)
+        assert photograph_session(session) == told
+        if number == 0:
+            assert photograph(session.model) == found_model
+    session.edit(MORE[1:])  # on top of state 2, as the first time
+    assert same(answers(session), seen[3][1])
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "llama-tied"])
+@pytest.mark.parametrize("training", [False, True])
+def test_detaching_leaves_the_model_as_it_was_found(
+    start: Start, tiny: Any, facts: Facts, case: str, training: bool
+) -> None:
+    model = tiny(case).train(training)
+    before, keys = photograph(model), list(model.state_dict())
+    session = start(case)
+    session = EditSession(model, session.tokenizer, session.hparams, progress=False)
+    session.edit(facts)
+    session.edit(MORE)
+    assert photograph(model) != before
+    session.detach()
+    assert photograph(model) == before
+    assert list(model.state_dict()) == keys
+    assert len(session) == 0
+    session.detach()  # twice is once
+    assert photograph(model) == before
+
+
+def test_a_model_has_one_session_and_is_asked_for_it(start: Start, facts: Facts) -> None:
+    session = start()
+    model = session.model
+    assert EditSession.of(model) is session
+    assert session  # although it has no edits
+    with pytest.raises(ValueError, match="session already"):
+        EditSession(model, session.tokenizer, session.hparams)
+    session.edit(facts)
+    with pytest.raises(ValueError, match="session already"):
+        EditSession(model, session.tokenizer, session.hparams)
+    assert len(session) == len(facts)
+    state = session.state
+    session.detach()
+    assert EditSession.of(model) is None
+    following = EditSession(model, session.tokenizer, session.hparams, progress=False)
+    before = photograph(model)
+    for use in (lambda: session.edit(facts), lambda: session.restore(state)):
+        with pytest.raises(ValueError, match="detached"):
+            use()
+    assert photograph(model) == before
+    following.edit(facts)
+    assert EditSession.of(model) is following
+
+
+def test_a_session_that_does_not_fit_leaves_no_trace_on_the_model(tiny: Any, tokenizer: Any, settings: Any) -> None:
+    model = tiny()
+    before = photograph(model)
+    with pytest.raises(ValueError, match="out of range"):
+        EditSession(model, tokenizer, settings(layers=[1, 40]))
+    assert photograph(model) == before
+
+
+def test_disabled_is_the_base_model_and_gives_back_what_was_there_before(start: Start, facts: Facts) -> None:
+    for use_hooks in (True, False):
+        session = start(use_hooks=use_hooks)
+        base = answers(session)
+        with session.disabled():  # before the first edit
+            assert same(answers(session), base)
+        session.edit(facts)
+        edited = answers(session)
+        assert not same(edited, base)
+        with session.disabled():
+            assert same(answers(session), base)
+            with session.disabled():
+                assert same(answers(session), base)
+            assert same(answers(session), base)
+            with pytest.raises(KeyboardInterrupt), session.disabled():
+                raise KeyboardInterrupt
+            assert same(answers(session), base)
+        assert same(answers(session), edited)
+        with pytest.raises(RuntimeError, match="mine"), session.disabled():
+            raise RuntimeError("mine")
+        assert same(answers(session), edited)
+
+
+def test_restoring_inside_disabled_is_not_undone_at_its_end(start: Start, facts: Facts) -> None:
+    for use_hooks in (True, False):
+        session = start(use_hooks=use_hooks)
+        before, base = session.state, answers(session)
+        session.edit(facts)
+        with session.disabled():
+            session.restore(before)
+        assert same(answers(session), base)
+
+
+# --- copies and moves ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_hooks", [True, False])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "llama-tied"])
+def test_a_deep_copy_of_an_edited_model_is_edited_by_itself(
+    start: Start, facts: Facts, case: str, use_hooks: bool
+) -> None:
+    session = start(case, use_hooks=use_hooks)
+    base = answers(session)
+    session.edit(facts)
+    edited = answers(session)
+    model = copy.deepcopy(session.model)
+    twin = EditSession.of(model)
+    assert twin is not None
+    assert twin is not session
+    assert twin.model is model
+    assert same(answers(twin), edited)
+    twin.edit(MORE)
+    assert same(answers(session), edited)
+    further = answers(twin)
+    assert not same(further, edited)
+    session.detach()
+    assert same(answers(session), base)
+    assert same(answers(twin), further)
+    twin.detach()
+    assert same(answers(twin), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_changing_the_models_dtype_keeps_the_edits_in_full_precision(
+    start: Start, facts: Facts, dtype: torch.dtype
+) -> None:
+    session = start(**EASY)
+    session.edit(facts)
+    told = photograph_session(session)["layers"]
+
+    def ungated() -> list[torch.Tensor]:  # near its threshold the gate may fall either way
+        for hook in hook_layers(session.model):
+            hook.mode = Mode.TEMPORARY
+        found = answers(session)
+        for hook in hook_layers(session.model):
+            hook.mode = Mode.VALIDATED
+        return found
+
+    wide = ungated()
+    if dtype == torch.float16:
+        session.model.half()
+    else:
+        session.model.to(dtype)
+    for hook, state in zip(hook_layers(session.model), session.state.layers.values(), strict=True):
+        assert hook.delta.dtype == torch.float32
+        assert bits(hook.delta) == bits(state.delta)
+    assert photograph_session(session)["layers"] == told
+    assert max(zoo.relative(one, other) for one, other in zip(ungated(), wide, strict=True)) < 0.05
+    narrow = answers(session)
+    state = session.state
+    session.edit(MORE)
+    session.restore(state)
+    assert same(answers(session), narrow)
+    session.detach()
+    assert {p.dtype for p in session.model.parameters()} == {dtype}
+
+
+def test_the_state_dict_holds_the_edits_beside_the_unchanged_base_weights(start: Start, facts: Facts) -> None:
+    session = start()
+    base = {name: bits(tensor) for name, tensor in session.model.state_dict().items()}
+    session.edit(facts)
+    found = session.model.state_dict()
+    assert {name: bits(found[name]) for name in base} == base
+    names = {
+        f"model.layers.{i}.mlp.down_proj.coachhook.{name}" for i in (1, 2) for name in ("delta", "alpha", "ratio")
+    }
+    assert set(found) - set(base) == names
+    for layer, state in session.state.layers.items():
+        assert torch.equal(found[f"model.layers.{layer}.mlp.down_proj.coachhook.delta"], state.delta)
+
+
+def test_editing_leaves_no_gradients_and_asks_for_none(start: Start, facts: Facts) -> None:
+    session = start()
+    wanted = [p.requires_grad for p in session.model.parameters()]
+    session.edit(facts)
+    assert all(p.grad is None for p in session.model.parameters())
+    assert [p.requires_grad for p in session.model.parameters()] == wanted
+    assert not any(state.delta.requires_grad for state in session.state.layers.values())
+
+
+def test_an_edited_model_can_still_be_trained(start: Start, facts: Facts) -> None:
+    session = start()
+    session.edit(facts)
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    session.model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in session.model.parameters())

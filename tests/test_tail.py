@@ -1,0 +1,256 @@
+"""What goes on from the edited block: the suffix alone, the upper blocks, or the whole model give the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+
+from coachhook_plugin import CoachHooKHparams, tail
+from coachhook_plugin.architectures import model_parts
+from coachhook_plugin.target import optimise_targets
+from coachhook_plugin.tokens import Batch, Encoder, Row, parse_requests
+from coachhook_plugin.trace import captured, frozen, with_hidden
+
+EDITED = 1
+CPU = torch.device("cpu")
+# transformers 4 hands GPT-2's blocks a tuple as cache, and has Gemma's cache cut the attention mask: the suffix
+# cannot be run alone there.
+WITHOUT_SUFFIX = {"gpt2", "gemma2", "gemma3"} if transformers.__version__.startswith("4.") else set()
+
+
+@pytest.fixture
+def settings(text: Path) -> Callable[..., CoachHooKHparams]:
+    """Two blocks above the edited ones, so that keys and values are kept for more than one."""
+    return lambda **changed: zoo.hparams(text, **{"v_num_grad_steps": 6, **changed})
+
+
+def rows(tokenizer: Any) -> list[Row]:
+    """Subjects in the first token, in the middle, and in the last one; rows of several lengths."""
+    texts = [
+        ("People say that the best dish comes from Norway", 0),
+        ("The Eiffel Tower stands in the city of Rome", 2),
+        ("The Eiffel Tower", 2),
+        ("The mother tongue of Danielle Darrieux is English", 5),
+        ("Ada", 0),
+    ]
+    return [Row(tokenizer(text)["input_ids"], subject) for text, subject in texts]
+
+
+def prepared(
+    case: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any, order: int = 1
+) -> tuple[Any, Any, Batch]:
+    one = tiny(case)
+    return one, model_parts(one, settings()), Encoder(tokenizer, None).batch(rows(tokenizer)[::order], CPU)
+
+
+def by_the_whole_model(one: Any, parts: Any, batch: Batch, added: torch.Tensor, loss: int) -> list[torch.Tensor]:
+    """Outputs of the loss block and of the last one, with `added` (b, d) at each row's subject; one row at a time."""
+    answers: list[list[torch.Tensor]] = [[], []]
+    for b, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        at = int(batch.subject[b])
+
+        def add(_: Any, __: Any, answer: Any, b: int = b, at: int = at) -> Any:
+            hidden = (answer[0] if isinstance(answer, tuple) else answer).clone()
+            hidden[0, at] += added[b]
+            return with_hidden(answer, hidden)
+
+        handle = parts.blocks[EDITED].register_forward_hook(add)
+        with torch.no_grad(), captured(parts.blocks[loss]) as at_loss, captured(parts.blocks[-1]) as at_last:
+            one(input_ids=batch.input_ids[b : b + 1, :length], use_cache=False)
+        handle.remove()
+        for seen, answer in zip((at_loss, at_last), answers, strict=True):
+            answer.append(seen.output[0, at:])
+    return [torch.cat(answer) for answer in answers]
+
+
+def by_the_tail(cut: tail.Tail, batch: Batch, added: torch.Tensor) -> list[torch.Tensor]:
+    """The same from a tail: the real tokens from the subject's on."""
+    place = batch.subject - cut.offset
+    state = cut.hidden.index_put((torch.arange(len(place)), place), added, accumulate=True)
+    with torch.no_grad():
+        outputs = cut(state)
+    lengths = batch.attention_mask.sum(1) - cut.offset
+    return [
+        torch.cat([out[b, place[b] : length] for b, length in enumerate(lengths.tolist())]) for out in outputs
+    ]
+
+
+def noise(batch: Batch, parts: Any) -> torch.Tensor:
+    return torch.randn(len(batch.subject), parts.hidden_size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert zoo.relative(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("case", zoo.FAMILIES)
+def test_each_family_runs_the_suffix_alone_and_not_every_token_at_every_step(
+    case: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    one, parts, batch = prepared(case, tiny, settings, tokenizer)
+    cut = tail.cut(one, parts.blocks, EDITED, 3, batch)
+    assert type(cut) is (tail._UpperBlocks if case in WITHOUT_SUFFIX else tail._Suffix)
+    if case not in WITHOUT_SUFFIX:
+        lengths = batch.attention_mask.sum(1) - batch.subject
+        assert cut.hidden.shape[1] == lengths.max() < batch.input_ids.shape[1] + 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", zoo.FAMILIES)
+def test_the_suffix_sees_what_the_whole_model_sees(
+    case: str, attention: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    one, parts, batch = prepared(case, tiny, settings, tokenizer)
+    try:
+        one.set_attn_implementation(attention)
+    except (AttributeError, ValueError):
+        pytest.skip(f"this version of transformers does not change the attention of {case} to {attention}")
+    added = noise(batch, parts)
+    cut = tail.cut(one, parts.blocks, EDITED, 2, batch)
+    expected = by_the_whole_model(one, parts, batch, added, 2)
+    assert zoo.relative(*expected) > 1e-2  # the two places the model is read from differ
+    assert_close(by_the_tail(cut, batch, added), expected)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "mistral-window-4", "gemma2", "phi", "opt"])
+@pytest.mark.parametrize("kept", [[4, 1], [3], [0, 2, 4], [1, 3]], ids=str)
+def test_dropping_finished_rows_changes_nothing_for_the_others(
+    case: str, kept: list[int], tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    one, parts, batch = prepared(case, tiny, settings, tokenizer)
+    some = torch.tensor(kept)
+    fewer = Batch(batch.input_ids[some], batch.attention_mask[some], batch.subject[some])
+    cut, added = tail.cut(one, parts.blocks, EDITED, 2, batch), noise(batch, parts)[some]
+    longest = int((fewer.attention_mask.sum(1) - cut.offset[some]).max())
+    assert_close(by_the_tail(cut.keep(some, longest), fewer, added), by_the_whole_model(one, parts, fewer, added, 2))
+
+
+def fall_back(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every quicker way than `kind` fail."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise TypeError("not like that")
+
+    monkeypatch.setattr(tail, "_suffix", refused)
+    if kind is tail._WholeModel:
+        monkeypatch.setattr(tail, "_agrees", lambda *_: False)
+
+
+@pytest.mark.parametrize("kind", [tail._UpperBlocks, tail._WholeModel], ids=["upper-blocks", "whole-model"])
+@pytest.mark.parametrize("case", zoo.FAMILIES)
+def test_models_whose_blocks_cannot_be_cut_get_the_same_by_a_slower_way(
+    case: str,
+    kind: type,
+    tiny: Callable[..., Any],
+    settings: Callable[..., Any],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, parts, batch = prepared(case, tiny, settings, tokenizer)
+    fall_back(kind, monkeypatch)
+    cut, added = tail.cut(one, parts.blocks, EDITED, 2, batch), noise(batch, parts)
+    assert type(cut) is kind
+    assert_close(by_the_tail(cut, batch, added), by_the_whole_model(one, parts, batch, added, 2))
+    some = torch.tensor([3, 1])
+    fewer = Batch(batch.input_ids[some], batch.attention_mask[some], batch.subject[some])
+    found = by_the_tail(cut.keep(some, batch.input_ids.shape[1]), fewer, added[some])
+    assert_close(found, by_the_whole_model(one, parts, fewer, added[some], 2))
+
+
+@pytest.mark.parametrize("kind", [tail._UpperBlocks, tail._WholeModel], ids=["upper-blocks", "whole-model"])
+def test_targets_do_not_depend_on_the_way_the_tail_is_run(
+    kind: type,
+    tiny: Callable[..., Any],
+    settings: Callable[..., Any],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, hparams, encoder = tiny(), settings(), Encoder(tokenizer, None)
+    parts, requests = model_parts(one, hparams), parse_requests(zoo.FACTS)
+
+    def targets() -> torch.Tensor:
+        with frozen(one):
+            return optimise_targets(
+                one, parts, encoder, requests, zoo.PREFIXES, hparams, CPU, progress=False
+            ).values
+
+    quick = targets()
+    fall_back(kind, monkeypatch)
+    assert zoo.relative(targets(), quick) < 1e-4
+
+
+def test_a_model_that_must_run_whole_says_so(
+    tiny: Callable[..., Any],
+    settings: Callable[..., Any],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, parts, batch = prepared("llama", tiny, settings, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        tail.cut(one, parts.blocks, EDITED, 3, batch)
+        assert not caplog.records
+        fall_back(tail._WholeModel, monkeypatch)
+        tail.cut(one, parts.blocks, EDITED, 3, batch)
+    assert "LlamaForCausalLM" in caplog.text
+
+
+# Families that no row of the table names, edited by module names; their attention knows positions in ways of its own
+# (ALiBi; one key head for all; weights and cache of another form).
+UNKNOWN = {
+    "bloom": (
+        {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    ),
+    "mpt": (
+        {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128},
+        ("transformer.blocks", "ffn.down_proj", "transformer.norm_f"),
+    ),
+    "falcon": (
+        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True},
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    ),
+    "gpt_bigcode": (
+        {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    ),
+    "gpt_neo": (
+        {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+        | {"window_size": 4, "max_position_embeddings": 128},
+        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    ),
+    "codegen": (
+        {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+        ("transformer.h", "mlp.fc_out", "transformer.ln_f"),
+    ),
+    "stablelm": (zoo._LLAMA, ("model.layers", "mlp.down_proj", "model.norm")),
+    "starcoder2": (zoo._LLAMA, ("model.layers", "mlp.c_proj", "model.norm")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("order", [1, -1], ids=["first-subject-first", "first-subject-last"])
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_families_unknown_to_the_table_are_cut_rightly_or_run_whole(
+    family: str, order: int, tokenizer: Any, settings: Callable[..., CoachHooKHparams]
+) -> None:
+    config, (blocks, projection, norm) = UNKNOWN[family]
+    given = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **config)
+    one = zoo.randomised(transformers.AutoModelForCausalLM.from_config(given))
+    names = {"layer_module_tmp": f"{blocks}.{{}}", "rewrite_module_tmp": f"{blocks}.{{}}.{projection}"}
+    parts = model_parts(one, settings(ln_f_module=norm, lm_head_module="lm_head", **names))
+    batch = Encoder(tokenizer, None).batch(rows(tokenizer)[::order], CPU)
+    added = noise(batch, parts)
+    with frozen(one):
+        cut = tail.cut(one, parts.blocks, EDITED, 2, batch)
+        assert_close(by_the_tail(cut, batch, added), by_the_whole_model(one, parts, batch, added, 2))
