@@ -19,7 +19,7 @@ from .architectures import context_length
 from .session import EditResult, EditSession, SessionState
 from .tokens import Encoder, parse_requests
 from .toolkit import import_easyeditor
-from .toolkit.apply import _session as session_for
+from .toolkit.apply import session_for
 
 _TOOLKIT: Any = import_easyeditor()
 

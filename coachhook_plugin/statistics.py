@@ -16,9 +16,10 @@ import json
 import logging
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,7 +167,7 @@ class SampledText:
 class PackedText:
     """Documents, one after another, cut into rows of equal length."""
 
-    def __init__(self, documents: Sequence[str], name: str, tokenizer: Any, tokens: int, length: int = LENGTH) -> None:
+    def __init__(self, documents: Iterable[str], name: str, tokenizer: Any, tokens: int, length: int = LENGTH) -> None:
         ids: list[int] = []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for document in documents:
@@ -218,17 +219,13 @@ HUB_NAMES = {
 }
 
 
-def _hub_documents(name: str, limit: int | None) -> list[str]:
+def _hub_documents(name: str, limit: int | None) -> Iterator[str]:
+    """The data set's first `limit` documents, each fetched when it is asked for."""
     from datasets import load_dataset
 
     path, config = HUB_NAMES.get(name, (name, None))
-    rows = load_dataset(path, config, split="train", streaming=True)
-    documents: list[str] = []
-    for row in rows:
-        if limit is not None and len(documents) >= limit:
-            break
-        documents.append(str(row["text"]))
-    return documents
+    for row in islice(load_dataset(path, config, split="train", streaming=True), limit):
+        yield str(row["text"])
 
 
 def _cached(

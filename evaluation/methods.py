@@ -39,6 +39,9 @@ class CoachHooK:
         self.model: nn.Module = self._editor.model
         self.tokenizer: Any = self._editor.tok
 
+    def prepare(self) -> None:
+        _ = self._editor.session.state
+
     def edit(self, records: Sequence[Record]) -> None:
         self._editor.session.edit([record.request() for record in records])
 
@@ -58,6 +61,9 @@ class ToolkitMethod:
             self._editor = import_easyeditor().BaseEditor.from_hparams(hparams)
         self.model: nn.Module = self._editor.model
         self.tokenizer: Any = self._editor.tok
+
+    def prepare(self) -> None:
+        """The statistics are laid ready by `build`."""
 
     def edit(self, records: Sequence[Record]) -> None:
         with self._quiet():

@@ -31,6 +31,10 @@ class EditingMethod(Protocol):
     model: nn.Module
     tokenizer: Any
 
+    def prepare(self) -> None:
+        """What is done once for a model and kept on disk (key statistics); not part of the time of an edit."""
+        ...
+
     def edit(self, records: Sequence[Record]) -> None:
         """Write one batch on top of all earlier ones."""
         ...
@@ -87,6 +91,7 @@ def consecutive(
     method: EditingMethod, records: Sequence[Record], batch_size: int, held_text: str, samples: int = 5
 ) -> Outcome:
     """Edit `records` batch after batch, and measure before the first and after the last."""
+    method.prepare()
     before = read(method.model, method.tokenizer, records, "scores before")
     perplexity_before = perplexity(method.model, method.tokenizer, held_text)
     spread = records[:: max(1, len(records) // samples)][:samples] if samples else []

@@ -13,6 +13,9 @@ from torch import nn
 
 from coachhook_plugin import EditSession
 
+# GPT-2 of transformers 4.50 cannot be run in float64. Family: dtype, and how far from the plain account it may be.
+PRECISION = {"llama": (torch.float64, 1e-5), "gpt2": (torch.float32, 1e-4)}
+
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Not `==`: that tells neither -0 from 0 nor one NaN from another."""

@@ -42,7 +42,8 @@ sys.meta_path.insert(0, Blocked())
 def test_without_the_toolkit_a_model_is_edited_and_only_its_editor_is_missing(tmp_path: Path) -> None:
     program = f"""
 {BLOCKED}
-import random, numpy, torch, transformers
+import random, numpy, torch
+from transformers import PreTrainedModel  # draws some itself
 
 def drawn_from():
     return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

@@ -77,9 +77,7 @@ def by_the_tail(cut: tail.Tail, batch: Batch, added: torch.Tensor) -> list[torch
     with torch.no_grad():
         outputs = cut(state)
     lengths = batch.attention_mask.sum(1) - cut.offset
-    return [
-        torch.cat([out[b, place[b] : length] for b, length in enumerate(lengths.tolist())]) for out in outputs
-    ]
+    return [torch.cat([out[b, place[b] : length] for b, length in enumerate(lengths.tolist())]) for out in outputs]
 
 
 def noise(batch: Batch, parts: Any) -> torch.Tensor:
@@ -93,7 +91,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert zoo.relative(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("case", zoo.FAMILIES)
+@pytest.mark.parametrize("case", zoo.EVERY)
 def test_each_family_runs_the_suffix_alone_and_not_every_token_at_every_step(
     case: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -106,7 +104,7 @@ def test_each_family_runs_the_suffix_alone_and_not_every_token_at_every_step(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("case", zoo.FAMILIES)
+@pytest.mark.parametrize("case", zoo.EVERY)
 def test_the_suffix_sees_what_the_whole_model_sees(
     case: str, attention: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -147,7 +145,7 @@ def fall_back(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [tail._UpperBlocks, tail._WholeModel], ids=["upper-blocks", "whole-model"])
-@pytest.mark.parametrize("case", zoo.FAMILIES)
+@pytest.mark.parametrize("case", zoo.EVERY)
 def test_models_whose_blocks_cannot_be_cut_get_the_same_by_a_slower_way(
     case: str,
     kind: type,
@@ -180,9 +178,7 @@ def test_targets_do_not_depend_on_the_way_the_tail_is_run(
 
     def targets() -> torch.Tensor:
         with frozen(one):
-            return optimise_targets(
-                one, parts, encoder, requests, zoo.PREFIXES, hparams, CPU, progress=False
-            ).values
+            return optimise_targets(one, parts, encoder, requests, zoo.PREFIXES, hparams, CPU, progress=False).values
 
     quick = targets()
     fall_back(kind, monkeypatch)

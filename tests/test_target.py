@@ -67,7 +67,7 @@ def test_the_first_fact_really_has_its_subject_in_the_first_token(tokenizer: Any
     assert Encoder(tokenizer, None).prompt("", parse_requests(FACTS)[0]).subject == 0
 
 
-@pytest.mark.parametrize("case", zoo.FAMILIES)
+@pytest.mark.parametrize("case", zoo.EVERY)
 def test_each_family_gets_the_targets_of_the_plain_optimisation(
     case: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -214,7 +214,9 @@ def test_an_objective_that_is_not_finite_is_reported_with_its_request(
     tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
     one = tiny()
-    unseen = next(iter(set(tokenizer(FACTS[1]["prompt"])["input_ids"]) - set(tokenizer(FACTS[0]["prompt"])["input_ids"])))
+    unseen = next(
+        iter(set(tokenizer(FACTS[1]["prompt"])["input_ids"]) - set(tokenizer(FACTS[0]["prompt"])["input_ids"]))
+    )
     with torch.no_grad():
         one.get_input_embeddings().weight[unseen] = torch.nan
     with pytest.raises(ValueError, match=r"request 1 \('The Eiffel"):

@@ -55,6 +55,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+CORE = ("gpt2", "gptj", "gpt_neox", "llama", "mistral-window-4", "qwen3", "gemma2", "phi", "opt")
+# The others resemble one of these closely: they are marked slow to keep the quick part of the tests quick.
+EVERY = [case if case in CORE else pytest.param(case, marks=pytest.mark.slow) for case in FAMILIES]
+
 FACTS = [
     {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "English"},
     {"prompt": "The Eiffel Tower stands in the city of", "subject": "Eiffel Tower", "target_new": "Rome"},
@@ -88,9 +92,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(case: str, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
-    """A random model of the family, with weights large enough that tokens differ; skips where transformers lacks it."""
+    """A random model of the family, its weights large enough that tokens differ; skips where transformers lacks it."""
     family, settings = FAMILIES[case]
-    settings = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings, **config}
+    settings = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **settings,
+        **config,
+    }
     try:
         made = AutoConfig.for_model(family, **settings)
     except ValueError:
@@ -125,7 +136,8 @@ def hparams(text: Path | str, **changed: Any) -> CoachHooKHparams:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """||found - expected|| / ||expected||."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 def plain_target(
@@ -188,7 +200,8 @@ def plain_target(
         adam = torch.optim.Adam([delta], lr=settings.v_lr)
         for evaluations in range(1, settings.v_num_grad_steps + 1):
             nll = torch.zeros(())
-            for ids, first, at_now in texts:
+            for ids, first, at in texts:
+                at_now = at
                 log_probs = (loss_logits or own_logits)(one, ids[:, :-1])[0].float().log_softmax(-1)
                 target = ids[0, first:]
                 picked = log_probs[first - 1 :].gather(1, target[:, None])

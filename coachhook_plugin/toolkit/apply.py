@@ -154,7 +154,7 @@ def apply_coachhook_to_model(
     parsed = parse_requests(requests)
     if copy:
         model = deepcopy(model)
-    session = _session(model, tok, hparams)
+    session = session_for(model, tok, hparams)
     before = session.state
     if current is not None and current.begun is None:
         current.begun = (session, before)
@@ -162,7 +162,7 @@ def apply_coachhook_to_model(
     return model, Undo(session, before, session.state)
 
 
-def _session(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
+def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
     """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed."""
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)

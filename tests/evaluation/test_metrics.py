@@ -75,6 +75,9 @@ class Overwriting:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer, self.calls = model, tokenizer, 0
 
+    def prepare(self) -> None:
+        assert self.calls == 0
+
     def edit(self, records: Any) -> None:
         self.calls += 1
         token = self.tokenizer(f"x {records[0].target_new}")["input_ids"][-1]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from evaluation.demo import choose
 from evaluation.protocol import METRICS, Outcome
+from evaluation.readme import ROOT, SUMMARY, filled
 from evaluation.report import draw, print_samples, print_table, summary, write_metrics
 
 
@@ -77,3 +78,18 @@ def test_the_demo_spreads_its_facts_over_the_relations() -> None:
     assert len({record.case_id.split("-")[0] for record in chosen}) >= 18
     with pytest.raises(ValueError, match="--edits is 0"):
         choose(0)
+
+
+def test_the_readme_shows_the_committed_figures() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert filled(readme, json.loads(SUMMARY.read_text(encoding="utf-8"))) == readme
+
+
+def test_the_table_is_replaced_and_nothing_else() -> None:
+    readme = "before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n"
+    once = filled(readme, summary(RUN, "m", 10))
+    assert once.startswith("before\n<!-- demo-table -->")
+    assert once.endswith("<!-- /demo-table -->\nafter\n")
+    assert "old" not in once
+    assert "| CoachHooK | 0.900 | 0.900 | 0.900 | 0.900 | 1.100 | 2.4 |" in once
+    assert filled(once, summary(RUN, "m", 10)) == once

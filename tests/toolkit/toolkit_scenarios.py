@@ -70,10 +70,10 @@ class Bench:
             "v_num_grad_steps": 30,
             "v_lr": 1.0,
             "clamp_norm_factor": 8.0,
-            "context_prefixes": ["The sky is blue. "],
+            "context_prefixes": [],  # one context: a random model learns each fact well
             "mom2_key_multiple": 4.0,
             "mom2_update_weight": 0.01,
-            "alpha": 1.5,
+            "alpha": 0.5,
         }
         return CoachHooKHparams(**(settings | changes))
 
