@@ -40,6 +40,7 @@ LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cache; raise it when the same settings would give other numbers
 ROWS, LENGTH = 16, 256  # of a batch of text; rows are shorter where the model's context is
+SAMPLED_ROWS, SAMPLED_LENGTH = 64, 64  # of sampled text: many rows cost a decoding step little more
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -147,20 +148,26 @@ class SampledText:
     """Text the model writes by itself, from its start token, drawn from the whole distribution."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, tokens: int, seed: int, device: torch.device, length: int = LENGTH
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        tokens: int,
+        seed: int,
+        device: torch.device,
+        length: int = SAMPLED_LENGTH,
     ) -> None:
         self._length = length
         self._model, self._device, self._seed = model, device, seed
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._first = int(first if first is not None else 0)
         self._banned = [i for i in tokenizer.all_special_ids if i is not None]
-        self.batches = max(1, -(-tokens // (ROWS * length)))
-        told = {"seed": seed, "batches": self.batches, "first": self._first, "length": length}
+        self.batches = max(1, -(-tokens // (SAMPLED_ROWS * length)))
+        told = {"seed": seed, "batches": self.batches, "first": self._first, "rows": SAMPLED_ROWS, "length": length}
         self.description = {"source": "self", **told}
 
     def batch(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-        start = torch.full((ROWS, 1), self._first, device=self._device)
+        start = torch.full((SAMPLED_ROWS, 1), self._first, device=self._device)
         return sample(self._model, start, self._length + 1, generator, banned=self._banned)[:, 1:]
 
 
@@ -208,7 +215,7 @@ def _source(
                 type(error).__name__,
                 str(error).splitlines()[0] if str(error) else "",
             )
-    return SampledText(model, tokenizer, tokens, hparams.seed, device, length)
+    return SampledText(model, tokenizer, tokens, hparams.seed, device, min(SAMPLED_LENGTH, length))
 
 
 # The toolkit's short names.
