@@ -180,7 +180,8 @@ class PackedText:
         for document in documents:
             if len(ids) >= tokens:
                 break
-            ids += tokenizer(document, verbose=False)["input_ids"] + end
+            if document.strip():
+                ids += tokenizer(document, verbose=False)["input_ids"] + end
         ids = ids[: max(tokens, 1)]
         if not ids:
             raise ValueError(f"mom2_dataset {name!r} holds no text")
@@ -295,7 +296,7 @@ def collect(
         initial=start,
         total=source.batches,
         desc="key statistics",
-        disable=not progress,
+        disable=None if progress else True,
         leave=False,
     ):
         ids = source.batch(index).to(device)

@@ -99,7 +99,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     left.legend(frameon=False, fontsize=9, ncols=len(outcomes) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     for axis, title, values, form in (
         (middle, "Seconds per edit", [o.seconds_per_edit for o in outcomes], "{:.1f}"),
-        (right, "Perplexity of held text (before = 1)", [o.perplexity_ratio for o in outcomes], "{:.3f}"),
+        (right, "Perplexity ratio, held text", [o.perplexity_ratio for o in outcomes], "{:.3f}"),
     ):
         for i, (outcome, value) in enumerate(zip(outcomes, values, strict=True)):
             axis.bar(i, value, 0.55, color=COLOURS.get(outcome.method, "#777777"))
@@ -108,7 +108,6 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         axis.set_xlim(-0.6, len(outcomes) - 0.4)
         axis.set_title(title, loc="left", fontsize=11)
         axis.margins(y=0.15)
-    right.set_title("Perplexity ratio\n(held text)", loc="left", fontsize=11)
     right.axhline(1, color="#888888", linewidth=0.8)
     right.set_ylim(0.9, max(1.1, *(o.perplexity_ratio * 1.03 for o in outcomes)))
     for axis in (left, middle, right):

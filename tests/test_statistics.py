@@ -368,11 +368,14 @@ def test_only_the_documents_asked_for_are_read(
     assert same(by_name, found(tiny(), mom2_dataset=str(path)))
 
 
+@pytest.mark.parametrize("content", ["", "\n\n \n\n"])
 def test_a_text_file_without_text_is_refused_by_name(
-    tiny: Callable[..., Any], found: Callable[..., Any], tmp_path: Path, tokenizer: Any
+    content: str, tiny: Callable[..., Any], found: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="nothing.txt' holds no text"):
-        PackedText([], str(tmp_path / "nothing.txt"), tokenizer, 10, 8)
+    path = tmp_path / "nothing.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"nothing\.txt' holds no text"):
+        found(tiny(), mom2_dataset=str(path))
 
 
 def test_a_text_shorter_than_a_row_is_used_whole(tokenizer: Any) -> None:
