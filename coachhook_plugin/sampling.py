@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import cache_utils
+
+# transformers 4 gives Gemma 2 and 3 a cache just as long as their first input: nothing can follow in it.
+_FULL = tuple(getattr(cache_utils, name) for name in ("StaticCache", "HybridCache") if hasattr(cache_utils, name))
 
 
 @torch.no_grad()
@@ -29,7 +33,7 @@ def sample(
     cache: Any = None
     while ids.shape[1] < length:
         step = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        cache = None if isinstance(step.past_key_values, _FULL) else step.past_key_values
         logits = step.logits[:, -1].double().cpu()  # (b, V)
         if banned:
             logits[:, banned] = -torch.inf

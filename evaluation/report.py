@@ -99,7 +99,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     left.legend(frameon=False, fontsize=9, ncols=len(outcomes) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     for axis, title, values, form in (
         (middle, "Seconds per edit", [o.seconds_per_edit for o in outcomes], "{:.1f}"),
-        (right, "Perplexity ratio, held text", [o.perplexity_ratio for o in outcomes], "{:.3f}"),
+        (right, "Perplexity ratio", [o.perplexity_ratio for o in outcomes], "{:.3f}"),
     ):
         for i, (outcome, value) in enumerate(zip(outcomes, values, strict=True)):
             axis.bar(i, value, 0.55, color=COLOURS.get(outcome.method, "#777777"))

@@ -14,7 +14,7 @@ import torch
 from coachhook_plugin.sampling import context_prefixes, sample
 
 CPU = torch.device("cpu")
-CACHED = pytest.mark.parametrize("case", ["llama", "gpt2", "gpt_neox", "mistral-window-4", "gemma2", "opt"])
+CACHED = pytest.mark.parametrize("case", ["llama", "gpt2", "gpt_neox", "mistral-window-4", "gemma2", "gemma3", "opt"])
 
 
 def dice(seed: int = 3) -> torch.Generator:
