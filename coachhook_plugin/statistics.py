@@ -296,7 +296,7 @@ def collect(
         initial=start,
         total=source.batches,
         desc="key statistics",
-        disable=None if progress else True,
+        disable=not progress,
         leave=False,
     ):
         ids = source.batch(index).to(device)

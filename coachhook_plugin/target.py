@@ -88,7 +88,7 @@ def optimise_targets(
     values, nll, steps = [], [], []
     chunks = list(micro_batches(rows, hparams.target_tokens))
     bar = tqdm(
-        total=len(chunks) * hparams.v_num_grad_steps, desc="targets", leave=False, disable=None if progress else True
+        total=len(chunks) * hparams.v_num_grad_steps, desc="targets", leave=False, disable=not progress
     )
     with bar:
         for chunk in chunks:
