@@ -87,9 +87,7 @@ def optimise_targets(
     ]
     values, nll, steps = [], [], []
     chunks = list(micro_batches(rows, hparams.target_tokens))
-    bar = tqdm(
-        total=len(chunks) * hparams.v_num_grad_steps, desc="targets", leave=False, disable=not progress
-    )
+    bar = tqdm(total=len(chunks) * hparams.v_num_grad_steps, desc="targets", leave=False, disable=not progress)
     with bar:
         for chunk in chunks:
             problem = _problem(encoder, [rows[i] for i in chunk], device)
