@@ -6,7 +6,6 @@ then all batches are written, and then everything is scored, so that what later 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .architectures import context_length
 from .session import EditResult, EditSession, SessionState
-from .tokens import Encoder, parse_requests
 from .toolkit import import_easyeditor
 from .toolkit.apply import session_for
 
@@ -88,9 +85,8 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
         if not stops <= reachable:
             raise ValueError(f"evaluate_at: {sorted(stops - reachable)} is not the end of a batch of {size}")
         session = session_for(self.model, self.tok, self.hparams)
-        encoder = Encoder(self.tok, context_length(self.model))
         for number, batch in enumerate(batches):
-            _check(batch, number * size, encoder, session.prefixes)
+            session.check(batch, first=number * size)
         with _progress(session, verbose):
             return self._run(session, batches, stops, {"disable": not verbose, "leave": False})
 
@@ -157,16 +153,6 @@ def toolkit_request(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
                 "ground_truth": request["locality_ground_truth"],
             }
     return request
-
-
-def _check(batch: list[dict[str, Any]], first: int, encoder: Encoder, prefixes: Sequence[str]) -> None:
-    """Refuse what `EditSession.edit` would refuse in a batch; `first` is the place of its first in the whole list."""
-    try:
-        encoder.check_lengths(parse_requests(batch), prefixes)
-    except (KeyError, ValueError) as error:
-        place = r"^request \d+|(?<= of )request \d+(?= for the same prompt)"  # at the start, and what it contradicts
-        moved = re.sub(place, lambda found: f"request {first + int(found[0].split()[1])}", error.args[0])
-        raise type(error)(moved) from None
 
 
 @contextmanager

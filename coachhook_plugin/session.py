@@ -145,8 +145,7 @@ class EditSession:
         """
         started = time.perf_counter()
         self._check_living()
-        parsed = parse_requests(requests)
-        self._encoder.check_lengths(parsed, self.prefixes)
+        parsed = self.check(requests)
         before = self.state
         try:
             with frozen(self.model):
@@ -163,6 +162,16 @@ class EditSession:
             thresholds={layer: state.thresholds for layer, state in layers.items()},
             seconds=time.perf_counter() - started,
         )
+
+    def check(self, requests: Iterable[Mapping[str, Any] | Request], first: int = 0) -> list[Request]:
+        """The batch as `edit` reads it, or the error that `edit` would raise; nothing is written.
+
+        Args:
+            first: place of the batch in a longer list, from which errors count.
+        """
+        parsed = parse_requests(requests, first)
+        self._encoder.check_lengths(parsed, self.prefixes, first)
+        return parsed
 
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""

@@ -341,9 +341,3 @@ def _resume(path: Path | None, totals: dict[int, torch.Tensor]) -> tuple[int, in
     for layer, total in totals.items():
         total.copy_(saved[layer])
     return batches, count
-
-
-def describe(statistics: dict[int, KeyStatistics]) -> Iterator[str]:
-    """A line for each layer: how many keys, and how many for each key dimension."""
-    for layer, one in statistics.items():
-        yield f"layer {layer}: {one.count} keys, {one.count / len(one.total):.1f} for each dimension"

@@ -48,23 +48,24 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
 
 
-def parse_requests(requests: Iterable[Mapping[str, Any] | Request]) -> list[Request]:
-    """Check a batch of requests as texts.
+def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: int = 0) -> list[Request]:
+    """Check a batch of requests as texts; errors count from `first`, the batch's place in a longer list.
 
     Raises:
         KeyError: a request lacks `prompt`, `subject` or `target_new`.
         ValueError: anything else that cannot be edited; the message names the request and the field.
     """
-    parsed = [_parsed(i, request) for i, request in enumerate(requests)]
+    parsed = [_parsed(i, request) for i, request in enumerate(requests, first)]
     if not parsed:
         raise ValueError("requests is empty; give at least one fact to edit")
     seen: dict[tuple[str, str], int] = {}
     for i, request in enumerate(parsed):
-        first = seen.setdefault((request.prompt, request.subject), i)
-        if parsed[first].target_new != request.target_new:
+        earlier = seen.setdefault((request.prompt, request.subject), i)
+        if parsed[earlier].target_new != request.target_new:
             raise ValueError(
-                f"request {i}, target_new: {request.target_new!r} contradicts {parsed[first].target_new!r} of request "
-                f"{first} for the same prompt; keep one of them, or edit them in separate batches"
+                f"request {first + i}, target_new: {request.target_new!r} contradicts "
+                f"{parsed[earlier].target_new!r} of request {first + earlier} for the same prompt; "
+                "keep one of them, or edit them in separate batches"
             )
     return parsed
 
@@ -106,9 +107,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens  # the model's context length
 
-    def check_lengths(self, requests: Sequence[Request], prefixes: Sequence[str]) -> None:
+    def check_lengths(self, requests: Sequence[Request], prefixes: Sequence[str], first: int = 0) -> None:
         """Raise a ValueError for the first request that does not fit the model's context with its prefixes."""
-        for i, request in enumerate(requests):
+        for i, request in enumerate(requests, first):
             try:
                 rows = [self.with_target(prefix, request) for prefix in ("", *prefixes)]
             except ValueError as error:

@@ -19,7 +19,7 @@ from coachhook_plugin.fingerprint import model_fingerprint
 from coachhook_plugin.hparams import SMALL_MODEL, CoachHooKHparams
 from coachhook_plugin.shipped import shipped_hparams
 from coachhook_plugin.smollm2 import smollm2_path
-from coachhook_plugin.statistics import KeyStatistics, key_statistics, save_statistics, toolkit_paths
+from coachhook_plugin.statistics import key_statistics, save_statistics, toolkit_paths
 from coachhook_plugin.toolkit import import_easyeditor
 from coachhook_plugin.trace import frozen
 
@@ -136,4 +136,4 @@ def _share_statistics(method: ToolkitMethod, ours: CoachHooKHparams, theirs: Any
     theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / model_fingerprint(method.model))
     for layer, statistics in found.items():
         for path in toolkit_paths(method.model, parts, layer, named):
-            save_statistics(path, KeyStatistics(statistics.total, statistics.count), theirs.mom2_n_samples)
+            save_statistics(path, statistics, theirs.mom2_n_samples)
