@@ -22,21 +22,16 @@ def subject_keys(
     budget: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """K (m, u): the projection's input at the subject's last token, averaged over contexts.
-
-    Each column is the mean of the key in the plain prompt and the mean key over the prefixed prompts.
-    """
+    """(u, 1 + prefixes, m): the projection's input at the subject's last token, of the plain prompt and prefixed."""
     rows = [[encoder.prompt(prefix, request) for prefix in ("", *prefixes)] for request in requests]
-    columns = []
+    keys = []
     for chunk in micro_batches(rows, budget):
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
         with captured(projection, stop=True) as seen:
             model(**batch.model_inputs())
-        keys = _at_subject(seen.input, batch.input_ids.shape, batch.subject)  # (b, m)
-        keys = working_precision(keys).view(len(chunk), 1 + len(prefixes), -1)
-        plain, prefixed = keys[:, 0], keys[:, 1:]
-        columns.append((plain + prefixed.mean(1)) / 2 if prefixes else plain)
-    return torch.cat(columns).T
+        found = _at_subject(seen.input, batch.input_ids.shape, batch.subject)  # (b, m)
+        keys.append(working_precision(found).view(len(chunk), 1 + len(prefixes), -1))
+    return torch.cat(keys)
 
 
 @torch.no_grad()

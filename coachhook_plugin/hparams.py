@@ -63,9 +63,12 @@ class CoachHooKHparams:
 
     # Hook layers and their scope.
     use_hooks: bool = True  # off: weights are written in place
-    alpha: float = 2.2
-    dynamic_alpha: bool = True
-    short_prompt_ratio: float = 0.9  # share of the attainable z asked of prompts too short to reach alpha
+    scope: Literal["leverage", "zscore"] = "leverage"  # which tokens are answered (`scope/`); zscore: the paper's rule
+    scope_budget: float = 0.002  # leverage: share of pre-training tokens that may be answered
+    scope_ridge: float = 0.1  # leverage: eps; an edited key alone has leverage 1 / (1 + eps)
+    alpha: float = 2.2  # zscore: what z must reach
+    dynamic_alpha: bool = True  # zscore: off, alpha stays as it is
+    short_prompt_ratio: float = 0.9  # zscore: share of the attainable z asked of prompts too short for alpha
 
     # Where things are inside the model; None: looked up by model family (`architectures.py`).
     rewrite_module_tmp: str | None = None
@@ -91,12 +94,14 @@ class CoachHooKHparams:
         for name in ("batch_size", "max_length", "v_num_grad_steps", "target_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "mom2_key_multiple", "alpha"):
+        for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "mom2_key_multiple", "alpha", "scope_ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         for name in ("v_weight_decay", "kl_factor", "v_loss_threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 < self.scope_budget < 1:
+            raise ValueError(f"scope_budget is {self.scope_budget}; it must lie between 0 and 1")
         if not 0 < self.short_prompt_ratio <= 1:
             raise ValueError(f"short_prompt_ratio is {self.short_prompt_ratio}; it must lie in (0, 1]")
         if not self.mom2_adjustment:

@@ -46,6 +46,15 @@ class KeyMemory:
         return KeyMemory(self.matrix + keys @ keys.T)
 
 
+def context_mean(keys: torch.Tensor) -> torch.Tensor:
+    """(u, m) for keys (u, contexts, m), the plain prompt's first: the mean of the plain key and the mean prefixed one.
+
+    As MEMIT averages them (`compute_ks.py`).
+    """
+    plain, prefixed = keys[:, 0], keys[:, 1:]
+    return (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
+
+
 def update(residual: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """Delta = R K^T (C + K K^T)^-1 = R X^T, for R (d, u) and X (m, u); returns (d, m)."""
     return working_precision(residual) @ coefficients.T

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ from torch import nn
 from . import memory, statistics
 from .activations import subject_keys, subject_values
 from .architectures import context_length, model_parts
-from .hook import HookLayer, Mode, TokenMask
+from .hook import HookLayer, Mode
 from .hparams import CoachHooKHparams
 from .in_place import InPlaceLayer
 from .memory import KeyMemory
 from .sampling import context_prefixes
-from .scope import ROUNDING_MARGIN, Thresholds, lowered
+from .scope import LeverageScope, Scope, ScopeState, Thresholds, ZScoreGate, ZScoreScope
 from .target import Targets, optimise_targets
 from .tokens import Encoder, Request, micro_batches, parse_requests
 from .trace import captured, frozen
@@ -45,7 +45,6 @@ class LayerState:
 
     delta: torch.Tensor  # (d, m), float32: Wh - W0
     memory: KeyMemory
-    thresholds: Thresholds
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class SessionState:
     """What a batch changes. Tensors are never changed in place, so a state stays valid and costs no copy."""
 
     layers: dict[int, LayerState]
+    scope: ScopeState = None  # None without hook layers
     edits: int = 0
     batches: int = 0
 
@@ -64,7 +64,7 @@ class EditResult:
     requests: list[Request]
     nll: list[float]  # mean NLL of each target with its target value in place
     steps: list[int]  # evaluations of the objective
-    thresholds: dict[int, Thresholds]  # after the batch
+    scope: ScopeState  # after the batch
     seconds: float
 
 
@@ -90,7 +90,7 @@ class EditSession:
         self._encoder = Encoder(tokenizer, context_length(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._state: SessionState | None = None  # None until the key statistics are there
-        self._tokens: TokenMask | None = None
+        self._scope: Scope | None = None
         self._hooks: dict[int, HookLayer] = {}
         self._written: dict[int, InPlaceLayer] = {}
         object.__setattr__(model, ATTRIBUTE, self)
@@ -150,8 +150,8 @@ class EditSession:
         try:
             with frozen(self.model):
                 self._attach()
-                targets, layers = self._written_batch(parsed)
-            self._state = SessionState(layers, before.edits + len(parsed), before.batches + 1)
+                targets, layers, scope = self._written_batch(parsed)
+            self._state = SessionState(layers, scope, before.edits + len(parsed), before.batches + 1)
         except BaseException:
             self.restore(before)
             raise
@@ -159,7 +159,7 @@ class EditSession:
             requests=parsed,
             nll=targets.nll,
             steps=targets.steps,
-            thresholds={layer: state.thresholds for layer, state in layers.items()},
+            scope=scope,
             seconds=time.perf_counter() - started,
         )
 
@@ -183,6 +183,7 @@ class EditSession:
         self._attach()
         for layer in self.hparams.layers:
             self._show(layer, state.layers[layer])
+        self._show_scope(state.scope)
         self._set_mode(Mode.VALIDATED)
 
     def detach(self) -> None:
@@ -214,55 +215,69 @@ class EditSession:
         if EditSession.of(self.model) is not self:
             raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
 
-    def _written_batch(self, requests: list[Request]) -> tuple[Targets, dict[int, LayerState]]:
-        """The three steps of one batch; returns the targets and the new state of every layer."""
-        layers = dict(self.state.layers)
+    def _written_batch(self, requests: list[Request]) -> tuple[Targets, dict[int, LayerState], ScopeState]:
+        """The three steps of one batch; returns the targets, and the new state of every layer and of the scope."""
+        layers, scope = dict(self.state.layers), self.state.scope
         self._set_mode(Mode.VALIDATED)
         targets = optimise_targets(
             self.model, self._parts, self._encoder, requests, self.prefixes, self.hparams, self.device, self.progress
         )
         self._set_mode(Mode.TEMPORARY)
         for i, layer in enumerate(self.hparams.layers):
-            layers[layer] = self._write(layer, layers[layer], requests, targets, len(layers) - i)
-        if self.hparams.use_hooks and self.hparams.dynamic_alpha:
+            keys = self._keys(layer, requests)
+            if i == 0 and self._scope is not None:
+                scope = self._scope.after_keys(scope, keys)
+                self._show_scope(scope)
+            layers[layer] = self._write(layer, layers[layer], requests, keys, targets, len(layers) - i)
+        if self._scope is not None and self._scope.looks_ahead:
             for layer in self.hparams.layers:
-                layers[layer] = self._lower_thresholds(layer, layers[layer], requests)
-        return targets, layers
+                scope = self._scope.after_write(layer, scope, *self._norms(layer, requests))
+                self._show_scope(scope)
+        return targets, layers, scope
+
+    def _keys(self, layer: int, requests: list[Request]) -> torch.Tensor:
+        """(u, contexts, m)"""
+        budget, projection = self.hparams.target_tokens, self._parts.projections[layer]
+        return subject_keys(self.model, projection, self._encoder, requests, self.prefixes, budget, self.device)
 
     def _write(
-        self, layer: int, state: LayerState, requests: list[Request], targets: Targets, layers_left: int
+        self,
+        layer: int,
+        state: LayerState,
+        requests: list[Request],
+        keys: torch.Tensor,
+        targets: Targets,
+        layers_left: int,
     ) -> LayerState:
         """Transformer memory updating of one layer (paper, section 3.2)."""
-        budget = self.hparams.target_tokens
-        keys = subject_keys(
-            self.model, self._parts.projections[layer], self._encoder, requests, self.prefixes, budget, self.device
-        )  # (m, u)
         last = self._parts.blocks[self.hparams.layers[-1]]
-        current = subject_values(self.model, last, self._encoder, requests, budget, self.device)  # (d, u)
+        current = subject_values(
+            self.model, last, self._encoder, requests, self.hparams.target_tokens, self.device
+        )  # (d, u)
         residual = memory.spread(targets.values.to(current.device), current, layers_left)  # (d, u)
-        keys = keys.to(state.memory.matrix.device)
+        keys = memory.context_mean(keys).T.to(state.memory.matrix.device)  # (m, u)
         change = memory.update(residual.to(keys.device), state.memory.coefficients(keys))  # (d, m)
         if not change.isfinite().all():
             raise ValueError(f"the update of layer {layer} is not finite; nothing was written")
         delta = (memory.working_precision(state.delta) + change.to(state.delta.device)).float()
         remembered = state.memory.remembering(keys) if self.hparams.accumulate else state.memory
-        state = replace(state, delta=delta, memory=remembered)
+        state = LayerState(delta, remembered)
         self._show(layer, state)
         if layer in self._hooks:
             self._hooks[layer].mode = Mode.VALIDATED
         return state
 
-    def _lower_thresholds(self, layer: int, state: LayerState, requests: list[Request]) -> LayerState:
-        """Dynamic alpha of one layer (paper, section 3.3), measured as at inference: shallower layers in force.
+    def _norms(self, layer: int, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """||Delta k|| and which tokens are real, (2 u, T), of the batch's prompts, for rules that look ahead.
 
-        Each prompt is measured as it stands and with its target: the scope looks at the whole sequence, and an edited
-        prompt must stay inside while its answer is being written.
+        Measured as at inference, shallower layers in force, and on each prompt both as it stands and with its target:
+        an edited prompt must stay inside while its answer is being written.
         """
-        hook = self._hooks[layer]
-        margin = ROUNDING_MARGIN.get(next(self.model.parameters()).dtype, max(ROUNDING_MARGIN.values()))
+        gate = self._hooks[layer].gate
+        assert isinstance(gate, ZScoreGate)
         rows = [[self._encoder.prompt("", request), self._encoder.with_target("", request)] for request in requests]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        hook.observer = lambda norms, mask: seen.append((norms, mask))
+        gate.observer = lambda norms, mask: seen.append((norms, mask))
         try:
             with torch.no_grad():
                 for chunk in micro_batches(rows, self.hparams.target_tokens):
@@ -270,61 +285,76 @@ class EditSession:
                     with captured(self._parts.projections[layer], stop=True):
                         self.model(**batch.model_inputs())
         finally:
-            hook.observer = None
+            gate.observer = None
         norms, mask = (
             nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
             for parts in zip(*seen, strict=True)
         )
-        state = replace(state, thresholds=lowered(state.thresholds, norms, mask, margin))
-        self._show(layer, state)
-        return state
+        return norms, mask
 
     def _initial_state(self) -> SessionState:
         with self.disabled(), frozen(self.model):
             found = statistics.key_statistics(
                 self.model, self._parts, self.tokenizer, self.hparams, self.device, self.progress
             )
-        thresholds = Thresholds(self.hparams.alpha, self.hparams.short_prompt_ratio)
-        layers = {}
-        for layer, projection in self._parts.projections.items():
-            weight = projection.weight
-            assert isinstance(weight, torch.Tensor)
-            covariance = found[layer].covariance().to(weight.device)
-            d, m = self._parts.hidden_size, len(covariance)
-            layers[layer] = LayerState(
-                delta=torch.zeros(d, m, device=weight.device),
-                memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
-                thresholds=thresholds,
-            )
-        return SessionState(layers)
+            layers = {}
+            for layer, projection in self._parts.projections.items():
+                covariance = found[layer].covariance().to(_device_of(projection))
+                layers[layer] = LayerState(
+                    delta=torch.zeros(self._parts.hidden_size, len(covariance), device=covariance.device),
+                    memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
+                )
+            self._scope = self._new_scope(found) if self.hparams.use_hooks else None
+        return SessionState(layers, None if self._scope is None else self._scope.initial())
+
+    def _new_scope(self, found: dict[int, statistics.KeyStatistics]) -> Scope:
+        hparams, first = self.hparams, self.hparams.layers[0]
+        if hparams.scope == "zscore":
+            start = Thresholds(hparams.alpha, hparams.short_prompt_ratio)
+            return ZScoreScope(self.model, hparams.layers, start, hparams.dynamic_alpha)
+        sample = statistics.pre_training_keys(self.model, self._parts, first, self.tokenizer, hparams, self.device)
+        c0 = found[first].covariance().to(_device_of(self._parts.projections[first]))
+        return LeverageScope(first, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _attach(self) -> None:
         if self._hooks or self._written:
             return
-        if not self.hparams.use_hooks:
+        if self._scope is None:
             self._written = {layer: InPlaceLayer(base) for layer, base in self._parts.projections.items()}
             return
-        self._tokens = TokenMask(self.model)
+        self._scope.attach()
         for layer, projection in self._parts.projections.items():
-            self._hooks[layer] = HookLayer(projection, self._tokens, self.state.layers[layer].thresholds)
+            self._hooks[layer] = HookLayer(projection, self._scope.gate(layer))
+        self._show_scope(self.state.scope)
 
     def _release(self) -> None:
         for layer, hook in self._hooks.items():
             hook.remove_from(self._parts.projections[layer])
         for written in self._written.values():
             written.remove()
-        if self._tokens is not None:
-            self._tokens.remove()
-        self._hooks, self._written, self._tokens = {}, {}, None
+        if self._scope is not None:
+            self._scope.release()
+        self._hooks, self._written = {}, {}
 
     def _show(self, layer: int, state: LayerState) -> None:
         """Let the model answer with this state of a layer."""
         if layer in self._hooks:
             self._hooks[layer].write(state.delta)
-            self._hooks[layer].set_thresholds(state.thresholds)
         else:
             self._written[layer].write(state.delta)
+
+    def _show_scope(self, state: ScopeState) -> None:
+        """Let the hook layers decide by this state of the scope."""
+        for layer, hook in self._hooks.items():
+            assert self._scope is not None
+            self._scope.show(layer, hook.gate, state)
 
     def _set_mode(self, mode: Mode) -> None:
         for hook in self._hooks.values():
             hook.mode = mode
+
+
+def _device_of(projection: nn.Module) -> torch.device:
+    weight = projection.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device

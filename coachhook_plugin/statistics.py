@@ -16,32 +16,30 @@ import json
 import logging
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .architectures import ModelParts, context_length, weight_shape
+from .architectures import ModelParts, weight_shape
 from .cache import cache_dir, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
 from .memory import working_precision
-from .sampling import sample
+from .text import TextSource, text_source
 from .trace import captured
 
 LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cache; raise it when the same settings would give other numbers
-ROWS, LENGTH = 16, 256  # of a batch of text; rows are shorter where the model's context is
-SAMPLED_ROWS, SAMPLED_LENGTH = 64, 64  # of sampled text: many rows cost a decoding step little more
 CHECKPOINT_SECONDS = 60.0
+SAMPLE = 4096  # pre-training keys that the editing scope is calibrated on
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,6 @@ class KeyStatistics:
     def covariance(self) -> torch.Tensor:
         """C0 = E[k k^T], (m, m)."""
         return self.total / self.count
-
-
-class TextSource(Protocol):
-    """Batches of token ids, reproducible from any starting point."""
-
-    description: dict[str, Any]  # everything that determines the tokens
-    batches: int
-
-    def batch(self, index: int) -> torch.Tensor:
-        """Token ids (b, T), every one real."""
-        ...
 
 
 def key_statistics(
@@ -87,9 +74,35 @@ def key_statistics(
             found[layer] = load_statistics(path, weight_shape(projection)[1])
     wanted = [layer for layer in parts.projections if layer not in found]
     if wanted:
-        source = _source(model, tokenizer, hparams, max(weight_shape(parts.projections[i])[1] for i in wanted), device)
+        source = text_source(
+            model, tokenizer, hparams, max(weight_shape(parts.projections[i])[1] for i in wanted), device
+        )
         found |= _cached(model, parts, wanted, source, progress)
     return {layer: found[layer] for layer in parts.projections}
+
+
+@torch.no_grad()
+def pre_training_keys(
+    model: nn.Module,
+    parts: ModelParts,
+    layer: int,
+    tokenizer: Any,
+    hparams: CoachHooKHparams,
+    device: torch.device,
+    count: int = SAMPLE,
+) -> torch.Tensor:
+    """(n, m): the first `count` pre-training keys of one edited layer, or all there are. For a model as above."""
+    projection = parts.projections[layer]
+    source = text_source(model, tokenizer, hparams, weight_shape(projection)[1], device)
+    keys: list[torch.Tensor] = []
+    for index in range(source.batches):
+        ids = source.batch(index).to(device)
+        with captured(projection, stop=True) as seen:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        keys.append(seen.input.reshape(-1, weight_shape(projection)[1]).float())
+        if sum(map(len, keys)) >= count:
+            break
+    return torch.cat(keys)[:count]
 
 
 def toolkit_file(model: nn.Module, parts: ModelParts, layer: int, hparams: CoachHooKHparams) -> Path | None:
@@ -142,98 +155,6 @@ def save_statistics(path: Path, statistics: KeyStatistics, sample_size: int | No
         "sample_size": np.array(statistics.count if sample_size is None else sample_size),
     }
     write_whole(path, lambda stream: np.savez(stream, **arrays))
-
-
-class SampledText:
-    """Text the model writes by itself, from its start token, drawn from the whole distribution."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        tokens: int,
-        seed: int,
-        device: torch.device,
-        length: int = SAMPLED_LENGTH,
-    ) -> None:
-        self._length = length
-        self._model, self._device, self._seed = model, device, seed
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._first = int(first if first is not None else 0)
-        self._banned = [i for i in tokenizer.all_special_ids if i is not None]
-        self.batches = max(1, -(-tokens // (SAMPLED_ROWS * length)))
-        told = {"seed": seed, "batches": self.batches, "first": self._first, "rows": SAMPLED_ROWS, "length": length}
-        self.description = {"source": "self", **told}
-
-    def batch(self, index: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-        start = torch.full((SAMPLED_ROWS, 1), self._first, device=self._device)
-        return sample(self._model, start, self._length + 1, generator, banned=self._banned)[:, 1:]
-
-
-class PackedText:
-    """Documents, one after another, cut into rows of equal length."""
-
-    def __init__(self, documents: Iterable[str], name: str, tokenizer: Any, tokens: int, length: int = LENGTH) -> None:
-        ids: list[int] = []
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for document in documents:
-            if len(ids) >= tokens:
-                break
-            if document.strip():
-                ids += tokenizer(document, verbose=False)["input_ids"] + end
-        ids = ids[: max(tokens, 1)]
-        if not ids:
-            raise ValueError(f"mom2_dataset {name!r} holds no text")
-        length = min(length, len(ids))
-        self._rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-        self.batches = -(-len(self._rows) // ROWS)
-        told = hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()
-        self.description = {"source": Path(name).name, "tokens": told, "length": length}
-
-    def batch(self, index: int) -> torch.Tensor:
-        return self._rows[index * ROWS : (index + 1) * ROWS]
-
-
-def _source(
-    model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, key_size: int, device: torch.device
-) -> TextSource:
-    tokens = int(hparams.mom2_key_multiple * key_size)
-    length = min(LENGTH, context_length(model) or LENGTH)
-    name = hparams.mom2_dataset
-    if name != "self":
-        path = Path(name).expanduser()
-        if path.is_file():
-            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-            return PackedText(paragraphs, name, tokenizer, tokens, length)
-        try:
-            return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens, length)
-        except Exception as error:  # no package, no network, no such data set: all end in the same remedy
-            LOG.warning(
-                "mom2_dataset %r cannot be read (%s: %s); text sampled from the model takes its place. Give a text "
-                "file, or a statistics file under stats_dir, to avoid that",
-                name,
-                type(error).__name__,
-                str(error).splitlines()[0] if str(error) else "",
-            )
-    return SampledText(model, tokenizer, tokens, hparams.seed, device, min(SAMPLED_LENGTH, length))
-
-
-# The toolkit's short names.
-HUB_NAMES = {
-    "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
-    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-}
-
-
-def _hub_documents(name: str, limit: int | None) -> Iterator[str]:
-    """The data set's first `limit` documents, each fetched when it is asked for."""
-    from datasets import load_dataset
-
-    path, config = HUB_NAMES.get(name, (name, None))
-    for row in islice(load_dataset(path, config, split="train", streaming=True), limit):
-        yield str(row["text"])
 
 
 def _cached(

@@ -1,4 +1,4 @@
-"""The editing scope: which tokens are answered by the hook layer (paper, section 3.3).
+"""The z-score scope, the rule of the paper (section 3.3).
 
 For every token of a sequence, s = ||Wh k - W0 k||_2 and z is s standardised over the tokens of that sequence. A token
 whose z reaches alpha is inside the scope. Alpha falls to the smallest maximum seen among the prompts edited so far, so
@@ -16,9 +16,14 @@ Policies the paper leaves open:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
+from .gate import Gate, Scope
+from .token_mask import TokenMask
 
 MIN_TOKENS = 3
 
@@ -84,3 +89,84 @@ def lowered(thresholds: Thresholds, norms: torch.Tensor, mask: torch.Tensor, mar
     if (scored & ~long).any():
         ratio = min(ratio, float((top / attainable)[scored & ~long].min()) * (1 - margin))
     return Thresholds(alpha, ratio)
+
+
+@dataclass(frozen=True)
+class ZScoreState:
+    """What is asked at every edited layer."""
+
+    thresholds: dict[int, Thresholds]
+
+
+class ZScoreGate(Gate):
+    """Decides for one layer, comparing ||Delta k|| over the tokens of each row."""
+
+    alpha: torch.Tensor  # ()
+    ratio: torch.Tensor  # ()
+
+    def __init__(self, tokens: TokenMask, thresholds: Thresholds, device: torch.device) -> None:
+        super().__init__()
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.register_buffer("alpha", torch.tensor(thresholds.alpha, dtype=wide, device=device))
+        self.register_buffer("ratio", torch.tensor(thresholds.ratio, dtype=wide, device=device))
+        self.observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # called with s and mask, (b, T)
+        self._tokens = tokens
+
+    def set_thresholds(self, thresholds: Thresholds) -> None:
+        self.alpha = torch.full_like(self.alpha, thresholds.alpha)
+        self.ratio = torch.full_like(self.ratio, thresholds.ratio)
+
+    def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        delta_k = change()  # (b, T, d), or (b T, d) from blocks that flatten their tokens
+        mask = self._tokens.of(key)  # (b, T)
+        wide = torch.promote_types(delta_k.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(delta_k, dim=-1, dtype=wide).view(mask.shape)
+        if self.observer is not None:
+            self.observer(norms, mask)
+        return in_scope(norms, mask, self.alpha, self.ratio).view(*key.shape[:-1], 1)
+
+    def extra_repr(self) -> str:
+        return f"scope=zscore, alpha={self.alpha.item():.3f}"
+
+
+class ZScoreScope(Scope):
+    """The paper's rule on one model.
+
+    Args:
+        layers: the edited layers.
+        start: what is asked before any edit.
+        dynamic: lower alpha with the edits; off, it stays (an ablation).
+    """
+
+    looks_ahead = True
+
+    def __init__(self, model: nn.Module, layers: list[int], start: Thresholds, dynamic: bool) -> None:
+        self._model, self._layers, self._start, self._dynamic = model, layers, start, dynamic
+        self._tokens: TokenMask | None = None
+
+    def initial(self) -> ZScoreState:
+        return ZScoreState(dict.fromkeys(self._layers, self._start))
+
+    def attach(self) -> None:
+        self._tokens = TokenMask(self._model)
+
+    def release(self) -> None:
+        if self._tokens is not None:
+            self._tokens.remove()
+            self._tokens = None
+
+    def gate(self, layer: int) -> Gate:
+        assert self._tokens is not None, "attach first"
+        return ZScoreGate(self._tokens, self._start, next(self._model.parameters()).device)
+
+    def show(self, layer: int, gate: Gate, state: ZScoreState) -> None:
+        assert isinstance(gate, ZScoreGate)
+        gate.set_thresholds(state.thresholds[layer])
+
+    def after_write(self, layer: int, state: ZScoreState, norms: torch.Tensor, mask: torch.Tensor) -> ZScoreState:
+        if not self._dynamic:
+            return state
+        dtype = next(self._model.parameters()).dtype
+        margin = ROUNDING_MARGIN.get(dtype, max(ROUNDING_MARGIN.values()))
+        now = lowered(state.thresholds[layer], norms, mask, margin)
+        return replace(state, thresholds={**state.thresholds, layer: now})

@@ -1,0 +1,51 @@
+"""Buffers that follow the model to another device but keep their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class PreciseBuffers(nn.Module):
+    """A module whose buffers stay float32 (or wider) when the model is halved; `in_dtype` casts them for a forward.
+
+    Buffers are replaced, never written into, because session states share their tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._casts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # buffer, and its cast
+
+    def in_dtype(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The buffer `name` in the dtype of a forward pass; the cast is kept until the buffer is replaced."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if buffer.dtype == dtype:
+            return buffer
+        source, cast = self._casts.get(name, (None, None))
+        if source is not buffer or cast is None or cast.dtype != dtype:
+            cast = buffer.to(dtype)
+            self._casts[name] = buffer, cast
+        return cast
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PreciseBuffers:
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        self._casts.clear()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(given, torch.Tensor):
+                # A fresh tensor: loading copies into it. Of the given shape: some grow with the edits.
+                self._buffers[name] = torch.empty(given.shape, dtype=buffer.dtype, device=buffer.device)
+        self._casts.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

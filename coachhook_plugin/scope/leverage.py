@@ -1,0 +1,185 @@
+"""The leverage scope: a token is answered if the edited keys account for enough of its key.
+
+Keys are compared in the coordinates that make pre-training keys white, w = L^-1 k with C0 = L L^T, where unrelated
+keys are nearly orthogonal. With the edited keys q_i scaled to length one there, Q = [q_1 ... q_r],
+
+    leverage(k) = w^T Q (eps I + Q^T Q)^-1 Q^T w / w^T w
+
+is the share of the key that lies in what was edited: the ridge leverage score of regression. One edited key alone has
+1 / (1 + eps); an unrelated key about r / m after r edits.
+
+The decision falls at the first edited layer, whose keys no edit changes, and holds for the later layers. It depends on
+that token's key alone: not on padding, batch mates, length, later tokens or caching.
+
+The threshold lies midway (in log odds) between a low quantile of the edited facts' keys, in all their contexts, and
+the pre-training keys' quantile that leaves `budget` of them open; it never falls below the latter. Nothing here grows
+without bound: Q is at most (m, m), and the keys looked at for the quantile are a random sample of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ..memory import context_mean, working_precision
+from .gate import Gate, Scope
+
+WITNESSES = 512  # keys of edited facts that the threshold is taken from
+QUANTILE = 0.02  # of them may stay outside: the odd one must not open the scope for everything
+SHRINKAGE = 1e-4  # ridge of C0, as a share of its mean diagonal
+
+
+@dataclass(frozen=True)
+class LeverageState:
+    """What the edits so far have made of the scope."""
+
+    edited: torch.Tensor  # (m, r): Q, or once r would exceed m, an (m, m) factor of Q Q^T
+    witnesses: torch.Tensor  # (w, m): white keys of edited facts in their contexts, a uniform sample
+    lots: torch.Tensor  # (w,): the lots by which the sample was drawn
+    seen: int  # keys the sample was drawn from
+    threshold: float
+
+
+class Decision:
+    """What the first edited layer decided in the running forward pass."""
+
+    def __init__(self) -> None:
+        self.open: torch.Tensor | None = None  # (..., 1)
+
+
+class LeverageGate(Gate):
+    """Decides at the first edited layer."""
+
+    whiten: torch.Tensor  # (m, m): L^-1
+    explain: torch.Tensor  # (r, m): (eps I + Q^T Q)^-1/2 Q^T L^-1
+    threshold: torch.Tensor  # ()
+
+    def __init__(self, whiten: torch.Tensor, decision: Decision) -> None:
+        super().__init__()
+        self._decision = decision
+        self.register_buffer("whiten", whiten)
+        self.register_buffer("explain", whiten.new_zeros(0, whiten.shape[1]))
+        self.register_buffer("threshold", whiten.new_tensor(torch.inf))
+
+    def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        explained, whole = (
+            torch.linalg.vector_norm(F.linear(key, self.in_dtype(name, key.dtype)), dim=-1, dtype=torch.float32)
+            for name in ("explain", "whiten")
+        )
+        # Without the division a zero key is outside, not NaN.
+        open_ = (explained.square() >= self.threshold * whole.square()) & (whole > 0)
+        self._decision.open = open_.unsqueeze(-1)
+        return self._decision.open
+
+    def extra_repr(self) -> str:
+        return f"scope=leverage, threshold={self.threshold.item():.3f}, rank={len(self.explain)}"
+
+
+class FollowingGate(Gate):
+    """Repeats what the first edited layer decided."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__()
+        self._decision = decision
+
+    def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        open_ = self._decision.open
+        if open_ is None or open_.shape[:-1] != key.shape[:-1]:
+            return None  # a block run by itself: nobody has decided
+        return open_.to(key.device)
+
+    def extra_repr(self) -> str:
+        return "scope=leverage, decided at the first edited layer"
+
+
+class LeverageScope(Scope):
+    """The leverage rule on one model.
+
+    Args:
+        first: the first edited layer.
+        c0: (m, m), E[k k^T] there.
+        sample: (n, m), pre-training keys there.
+        budget: share of pre-training tokens that may open.
+        ridge: eps.
+    """
+
+    looks_ahead = False
+
+    def __init__(
+        self, first: int, c0: torch.Tensor, sample: torch.Tensor, budget: float, ridge: float, seed: int = 0
+    ) -> None:
+        self.first, self.budget, self.ridge, self.seed = first, budget, ridge, seed
+        self.whiten = whitening(c0)  # (m, m)
+        self._pre_training = (working_precision(sample).to(self.whiten.device) @ self.whiten.T).float()  # (n, m)
+        self._decision = Decision()
+
+    def initial(self) -> LeverageState:
+        m = len(self.whiten)
+        empty = self.whiten.new_zeros(0, m)
+        return LeverageState(empty.T, empty.float(), torch.zeros(0), 0, torch.inf)
+
+    def gate(self, layer: int) -> Gate:
+        if layer == self.first:
+            return LeverageGate(self._scaled(self.whiten), self._decision)
+        return FollowingGate(self._decision)
+
+    def show(self, layer: int, gate: Gate, state: LeverageState) -> None:
+        if isinstance(gate, LeverageGate):
+            device = gate.whiten.device
+            explain = explaining(state.edited, self.ridge) @ self.whiten  # (r, m)
+            gate.explain = self._scaled(explain).to(device)
+            gate.threshold = torch.full_like(gate.threshold, state.threshold)
+
+    def after_keys(self, state: LeverageState, keys: torch.Tensor) -> LeverageState:
+        keys = working_precision(keys).to(self.whiten.device)  # (u, c, m)
+        white = keys @ self.whiten.T
+        mean = context_mean(white)  # (u, m)
+        edited = torch.cat([state.edited, F.normalize(mean, dim=-1).T], dim=1)  # (m, r + u)
+        if edited.shape[1] > edited.shape[0]:
+            edited = torch.linalg.qr(edited.T, mode="r").R.T  # (m, m), the same Q Q^T
+        witnesses, lots = self._sampled(state, white.flatten(0, 1).float())
+        explain = explaining(edited, self.ridge)
+        threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
+        return LeverageState(edited, witnesses, lots, state.seen + keys.shape[0] * keys.shape[1], threshold)
+
+    def _sampled(self, state: LeverageState, white: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Witnesses and their lots after `white` (n, m) came by: those with the lowest lots of all so far."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.seen)
+        lots = torch.cat([state.lots, torch.rand(len(white), generator=generator)])
+        kept = lots.argsort()[:WITNESSES].sort().values
+        return torch.cat([state.witnesses, white])[kept.to(white.device)], lots[kept]
+
+    def _threshold(self, edited: torch.Tensor, pre_training: torch.Tensor) -> float:
+        low = edited.quantile(QUANTILE).logit(eps=1e-6)
+        floor = pre_training.quantile(1 - self.budget).logit(eps=1e-6)
+        return float(torch.maximum((low + floor) / 2, floor).sigmoid())
+
+    def _scaled(self, matrix: torch.Tensor) -> torch.Tensor:
+        # So that the entries of both matrices fit 16 bits; their quotient does not notice.
+        return (matrix / self.whiten.abs().max()).float()
+
+
+def whitening(c0: torch.Tensor) -> torch.Tensor:
+    """L^-1 (m, m) with L L^T = C0 + a small ridge: the map to coordinates where pre-training keys are white."""
+    c0 = working_precision(c0)
+    identity = torch.eye(len(c0)).to(c0)
+    factor = torch.linalg.cholesky(c0 + SHRINKAGE * c0.diagonal().mean() * identity)
+    white: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return white
+
+
+def explaining(edited: torch.Tensor, ridge: float) -> torch.Tensor:
+    """F (r, m) with ||F w||^2 = w^T Q (eps I + Q^T Q)^-1 Q^T w, for Q = `edited` (m, r)."""
+    gram = edited.T @ edited  # (r, r)
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
+    explain: torch.Tensor = torch.linalg.solve_triangular(factor, edited.T, upper=False)
+    return explain
+
+
+def leverage(white: torch.Tensor, explain: torch.Tensor) -> torch.Tensor:
+    """(n,) leverage of white keys (n, m), for F = `explain` (r, m)."""
+    explained = (white @ explain.T.to(white)).square().sum(-1)
+    return explained / white.square().sum(-1).clamp(min=torch.finfo(white.dtype).tiny)

@@ -1,0 +1,52 @@
+"""Which tokens of a forward pass are real, for rules that compare the tokens of a sequence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TokenMask:
+    """Which tokens of the running forward pass are real; shared by the gates of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: tuple[int, int] | None = None  # (b, T)
+        self.mask: torch.Tensor | None = None  # (b, T) bool; None: every token is real
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, key: torch.Tensor) -> torch.Tensor:
+        """(b, T) bool for keys (b, T, m), or (b T, m) from blocks that flatten their tokens (OPT)."""
+        rows = self.rows
+        if rows is None or rows[0] * rows[1] * key.shape[-1] != key.numel():
+            rows = (key.shape[0], key.shape[1]) if key.dim() == 3 else (1, key.shape[0])
+            return torch.ones(rows, dtype=torch.bool, device=key.device)
+        if self.mask is None:
+            return torch.ones(rows, dtype=torch.bool, device=key.device)
+        return self.mask.to(key.device)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if tokens is None:
+            self.rows = self.mask = None
+            return
+        self.rows = (tokens.shape[0], tokens.shape[1])
+        mask = given.get("attention_mask")
+        # In cached decoding the mask covers the past as well; the last T columns are this pass.
+        self.mask = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= self.rows[1]:
+            self.mask = mask[:, -self.rows[1] :].bool()
+
+    def _leave(self, *_: Any) -> None:
+        self.rows = self.mask = None
