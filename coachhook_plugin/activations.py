@@ -21,9 +21,15 @@ def subject_keys(
     prefixes: Sequence[str],
     budget: int,
     device: torch.device,
+    looks_ahead: bool = True,
 ) -> torch.Tensor:
-    """(u, 1 + prefixes, m): the projection's input at the subject's last token, of the plain prompt and prefixed."""
-    rows = [[encoder.prompt(prefix, request) for prefix in ("", *prefixes)] for request in requests]
+    """(u, 1 + prefixes, m): the projection's input at the subject's last token, of the plain prompt and prefixed.
+
+    Args:
+        budget: tokens in one forward pass.
+        looks_ahead: whether tokens behind the subject can change what it is answered.
+    """
+    rows = [[_row(encoder, prefix, request, looks_ahead) for prefix in ("", *prefixes)] for request in requests]
     keys = []
     for chunk in micro_batches(rows, budget):
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
@@ -42,9 +48,10 @@ def subject_values(
     requests: Sequence[Request],
     budget: int,
     device: torch.device,
+    looks_ahead: bool = True,
 ) -> torch.Tensor:
-    """(d, u): what the block now answers at the subject's last token of the plain prompt."""
-    rows: list[list[Row]] = [[encoder.prompt("", request)] for request in requests]
+    """(d, u): what the block now answers at the subject's last token of the plain prompt. Arguments as above."""
+    rows = [[_row(encoder, "", request, looks_ahead)] for request in requests]
     columns = []
     for chunk in micro_batches(rows, budget):
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
@@ -52,6 +59,11 @@ def subject_values(
             model(**batch.model_inputs())
         columns.append(working_precision(_at_subject(seen.output, batch.input_ids.shape, batch.subject)))
     return torch.cat(columns).T
+
+
+def _row(encoder: Encoder, prefix: str, request: Request, looks_ahead: bool) -> Row:
+    row = encoder.prompt(prefix, request)
+    return row if looks_ahead else row.up_to_subject()
 
 
 def _at_subject(hidden: torch.Tensor, shape: torch.Size, subject: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from .in_place import InPlaceLayer
 from .memory import KeyMemory
 from .sampling import context_prefixes
 from .scope import LeverageScope, Scope, ScopeState, Thresholds, ZScoreGate, ZScoreScope
+from .tail import Comparison
 from .target import Targets, optimise_targets
 from .tokens import Encoder, Request, micro_batches, parse_requests
 from .trace import captured, frozen
@@ -91,6 +92,7 @@ class EditSession:
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
+        self._comparison = Comparison()
         self._hooks: dict[int, HookLayer] = {}
         self._written: dict[int, InPlaceLayer] = {}
         object.__setattr__(model, ATTRIBUTE, self)
@@ -220,7 +222,15 @@ class EditSession:
         layers, scope = dict(self.state.layers), self.state.scope
         self._set_mode(Mode.VALIDATED)
         targets = optimise_targets(
-            self.model, self._parts, self._encoder, requests, self.prefixes, self.hparams, self.device, self.progress
+            self.model,
+            self._parts,
+            self._encoder,
+            requests,
+            self.prefixes,
+            self.hparams,
+            self.device,
+            self.progress,
+            self._comparison,
         )
         self._set_mode(Mode.TEMPORARY)
         for i, layer in enumerate(self.hparams.layers):
@@ -229,7 +239,7 @@ class EditSession:
                 scope = self._scope.after_keys(scope, keys)
                 self._show_scope(scope)
             layers[layer] = self._write(layer, layers[layer], requests, keys, targets, len(layers) - i)
-        if self._scope is not None and self._scope.looks_ahead:
+        if self._scope is not None and self._looks_ahead:
             for layer in self.hparams.layers:
                 scope = self._scope.after_write(layer, scope, *self._norms(layer, requests))
                 self._show_scope(scope)
@@ -238,7 +248,13 @@ class EditSession:
     def _keys(self, layer: int, requests: list[Request]) -> torch.Tensor:
         """(u, contexts, m)"""
         budget, projection = self.hparams.target_tokens, self._parts.projections[layer]
-        return subject_keys(self.model, projection, self._encoder, requests, self.prefixes, budget, self.device)
+        return subject_keys(
+            self.model, projection, self._encoder, requests, self.prefixes, budget, self.device, self._looks_ahead
+        )
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._scope is not None and self._scope.looks_ahead
 
     def _write(
         self,
@@ -252,7 +268,7 @@ class EditSession:
         """Transformer memory updating of one layer (paper, section 3.2)."""
         last = self._parts.blocks[self.hparams.layers[-1]]
         current = subject_values(
-            self.model, last, self._encoder, requests, self.hparams.target_tokens, self.device
+            self.model, last, self._encoder, requests, self.hparams.target_tokens, self.device, self._looks_ahead
         )  # (d, u)
         residual = memory.spread(targets.values.to(current.device), current, layers_left)  # (d, u)
         keys = memory.context_mean(keys).T.to(state.memory.matrix.device)  # (m, u)

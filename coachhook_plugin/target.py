@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .architectures import ModelParts
 from .hparams import CoachHooKHparams
-from .tail import Tail, cut
+from .tail import Comparison, Tail, cut
 from .tokens import Batch, Encoder, Request, Row, micro_batches
 
 
@@ -75,8 +75,12 @@ def optimise_targets(
     hparams: CoachHooKHparams,
     device: torch.device,
     progress: bool = True,
+    comparison: Comparison | None = None,
 ) -> Targets:
     """Find the target value of every request. The model's parameters must not require gradients.
+
+    Args:
+        comparison: see `tail.cut`.
 
     Raises:
         ValueError: the objective of a request is not finite.
@@ -92,7 +96,7 @@ def optimise_targets(
         for chunk in chunks:
             problem = _problem(encoder, [rows[i] for i in chunk], device)
             names = [f"request {i} ({requests[i].prompt!r})" for i in chunk]
-            solved = _solve(model, parts, problem, names, hparams, bar)
+            solved = _solve(model, parts, problem, names, hparams, bar, comparison)
             values.append(solved.values)
             nll += solved.nll
             steps += solved.steps
@@ -133,10 +137,11 @@ def _solve(
     names: Sequence[str],
     hparams: CoachHooKHparams,
     bar: Any,
+    comparison: Comparison | None,
 ) -> Targets:
     last = len(parts.blocks) - 1
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer
-    tail = cut(model, parts.blocks, hparams.layers[-1], loss_layer, problem.batch)
+    tail = cut(model, parts.blocks, hparams.layers[-1], loss_layer, problem.batch, comparison)
     subject = problem.batch.subject - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)

@@ -35,6 +35,10 @@ class Row:
     subject: int  # last token of the subject
     target: range = range(0)  # tokens of the target, where there is one
 
+    def up_to_subject(self) -> Row:
+        """Without the tokens behind the subject, which change nothing at it in a causal model."""
+        return Row(self.ids[: self.subject + 1], self.subject)
+
 
 @dataclass(frozen=True)
 class Batch:
