@@ -110,7 +110,7 @@ def test_text_of_another_model_seed_or_tokenizer_is_another_file(
     with torch.no_grad():
         trained.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     allowed = zoo.tokenizer()
-    allowed.add_special_tokens({"additional_special_tokens": [tokenizer.decode([int(first[0, 0])])]})
+    allowed.add_special_tokens({"additional_special_tokens": tokenizer.convert_ids_to_tokens(first[0, :1].tolist())})
     others = {
         "weights": lambda: source(trained),
         "family": lambda: source(tiny("gpt2")),
