@@ -110,6 +110,15 @@ def test_a_cast_does_not_outlive_what_it_was_made_from() -> None:
     assert cast().device.type == "meta"
 
 
+def test_a_cast_made_while_generating_can_be_trained_through_afterwards() -> None:
+    held = Holder()
+    with torch.inference_mode():
+        held.in_dtype("precise", torch.bfloat16)
+    weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    (weight * held.in_dtype("precise", torch.bfloat16)).sum().backward()
+    assert weight.grad is not None
+
+
 def test_loading_writes_into_no_tensor_that_someone_else_holds() -> None:
     model = Model()
     mine, exact = THIRDS.clone(), THIRDS.double().clone()

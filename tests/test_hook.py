@@ -286,6 +286,14 @@ def test_loading_a_state_dict_answers_with_the_loaded_edits_and_spares_earlier_s
     assert bits(snapshot) == kept
 
 
+def test_edits_of_another_shape_are_refused_and_not_loaded() -> None:
+    model, hook, _ = toy("plain")
+    before = bits(hook.delta)
+    with pytest.raises(RuntimeError, match=r"size mismatch.*delta"):
+        model.load_state_dict({**model.state_dict(), f"projection.{CHILD}.delta": torch.zeros(D, M + 1)})
+    assert bits(hook.delta) == before
+
+
 def test_a_deep_copy_answers_by_itself() -> None:
     model, hook, _ = toy("biased")
     hook.mode = Mode.VALIDATED

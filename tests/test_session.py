@@ -465,6 +465,20 @@ def test_every_layer_answers_the_tokens_that_the_first_one_chose(start: Start, f
 
 
 @LEVERAGE
+@torch.no_grad()
+def test_a_block_run_by_itself_does_not_repeat_what_an_earlier_pass_decided(start: Start, facts: Facts) -> None:
+    session = start(**EASY)
+    session.edit(facts)
+    projection = session.model.get_submodule(PROJECTION["llama"].format(2))
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    keys = torch.randn(1, ids.shape[1], 48, generator=torch.Generator().manual_seed(0))
+    with session.disabled():
+        base = projection(keys)
+    session.model(input_ids=ids)
+    assert torch.equal(projection(keys), base)
+
+
+@LEVERAGE
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_a_token_is_decided_alike_alone_and_padded_among_others(start: Start, facts: Facts, case: str) -> None:
     session = start(case, **EASY)
@@ -987,9 +1001,12 @@ def test_editing_leaves_no_gradients_and_asks_for_none(start: Start, facts: Fact
     assert not any(state.delta.requires_grad for state in session.state.layers.values())
 
 
-def test_an_edited_model_can_still_be_trained(start: Start, facts: Facts) -> None:
-    session = start()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edited_model_can_still_be_trained(start: Start, facts: Facts, dtype: torch.dtype) -> None:
+    session = start(dtype=dtype)
     session.edit(facts)
     ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    with torch.inference_mode():
+        session.model(input_ids=ids)  # as an evaluation in between does
     session.model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in session.model.parameters())

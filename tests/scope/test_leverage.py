@@ -213,6 +213,17 @@ def test_no_more_of_the_text_is_answered_than_the_budget(seed: int, budget: floa
         assert float(opens(showing(scope, state), text).sum()) <= budget * len(text) + 1  # one for the rounding
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_an_edit_of_what_the_text_repeats_word_by_word_stays_within_the_budget(seed: int) -> None:
+    """Keys of equal tokens at the start of a text are equal: all of them lie exactly at the quantile, or none."""
+    text = of_text(seed, n=4000)
+    text[::100] = text[0]  # a hundredth of the text
+    scope = scope_of(text, budget=0.002)
+    facts = facts_of(text[1:90], seed, 1, 6, noise=1.0)
+    facts[0, 0] = text[0]
+    assert float(opens(showing(scope, after(scope, facts)), text).sum()) <= 0.002 * len(text) + 1
+
+
 def test_edited_subjects_are_answered_in_every_context_where_they_stand_apart() -> None:
     m = 96
     text = of_text(3, n=20_000, m=m)
