@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from coachhook_plugin import EditSession
+from coachhook_plugin.scope import LeverageState
 
 # GPT-2 of transformers 4.50 cannot be run in float64. Family: dtype, and how far from the plain account it may be.
 PRECISION = {"llama": (torch.float64, 1e-5), "gpt2": (torch.float32, 1e-4)}
@@ -40,7 +41,7 @@ def photograph(model: nn.Module) -> dict[str, Any]:
         },
         "attributes": sorted(vars(model)),
         "session": id(EditSession.of(model)),
-        "modes": [(hook.mode, hook.observer) for hook in hook_layers(model)],
+        "modes": [(hook.mode, getattr(hook.gate, "observer", None)) for hook in hook_layers(model)],
     }
 
 
@@ -50,11 +51,19 @@ def photograph_session(session: EditSession) -> dict[str, Any]:
         "state": id(session.state),
         "edits": len(session),
         "layers": {
-            layer: (bits(state.delta), bits(state.memory.matrix), state.thresholds)
-            for layer, state in session.state.layers.items()
+            layer: (bits(state.delta), bits(state.memory.matrix)) for layer, state in session.state.layers.items()
         },
+        "scope": told(session.state.scope),
         "prefixes": list(session.prefixes),
     }
+
+
+def told(scope: Any) -> Any:
+    """A scope's state, bit by bit."""
+    if isinstance(scope, LeverageState):
+        tensors = (scope.edited, scope.witnesses, scope.lots)
+        return [(bits(t), t.shape, t.dtype) for t in tensors], scope.seen, scope.threshold
+    return None if scope is None else dict(scope.thresholds)
 
 
 def hook_layers(model: nn.Module) -> list[Any]:
@@ -98,20 +107,51 @@ def weight_of(projection: nn.Module) -> np.ndarray:
     return weight if isinstance(projection, nn.Linear) else weight.T
 
 
+def leverages(keys: np.ndarray, edited: np.ndarray, c0: np.ndarray, ridge: float) -> np.ndarray:
+    """(n,): the leverage score of keys (n, m) after edits of keys (r, m), in the metric A = (C0 + shrinkage)^-1.
+
+    No whitening: k^T A k is |w|^2, whichever square root of A makes w of k.
+    """
+    metric = np.linalg.inv(c0 + 1e-4 * np.trace(c0) / len(c0) * np.eye(len(c0)))  # (m, m)
+    found = []
+    unit = [k / np.sqrt(k @ metric @ k) for k in edited]
+    gram = np.array([[p @ metric @ q for q in unit] for p in unit]).reshape(len(unit), len(unit))
+    for key in keys:
+        overlap = np.array([q @ metric @ key for q in unit])
+        inner = overlap @ np.linalg.solve(gram + ridge * np.eye(len(gram)), overlap)
+        found.append(inner / (key @ metric @ key))
+    return np.array(found)
+
+
+def logit(share: float) -> float:
+    return float(np.log(share / (1 - share)))
+
+
 class PlainEditor:
     """Batches of edits as METHOD says them, on a copy of the model: one text at a time, numpy and loops.
 
-    It is handed the target values, which have an oracle of their own.
+    It is handed the target values, which have an oracle of their own, and C0.
+
+    Args:
+        texts: rows of pre-training token ids, for the leverage rule.
     """
 
-    def __init__(self, session: EditSession, model: Any, c0: dict[int, np.ndarray], projections: list[str]) -> None:
-        hparams = session.hparams
+    def __init__(
+        self,
+        session: EditSession,
+        model: Any,
+        c0: dict[int, np.ndarray],
+        projections: list[str],
+        texts: Sequence[list[int]] = (),
+    ) -> None:
+        self.hparams = hparams = session.hparams
         self.model, self.tokenizer, self.layers = model, session.tokenizer, hparams.layers
         self.prefixes = hparams.context_prefixes or []
         self.projections = {layer: model.get_submodule(n) for layer, n in zip(self.layers, projections, strict=True)}
         self.block = model.get_submodule(projections[-1].rsplit(".", 2)[0])
         self.w0 = {layer: weight_of(p) for layer, p in self.projections.items()}
         self.wh = {layer: w.copy() for layer, w in self.w0.items()}
+        self.c0 = c0
         self.c = {layer: hparams.mom2_update_weight * c0[layer] for layer in self.layers}
         self.alpha = dict.fromkeys(self.layers, hparams.alpha)
         self.ratio = dict.fromkeys(self.layers, hparams.short_prompt_ratio)
@@ -119,6 +159,16 @@ class PlainEditor:
         self.seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # keys (T, m) and norms (T,) of the last text
         for layer, projection in self.projections.items():
             projection.register_forward_hook(self._hook(layer))
+        self.edited: list[np.ndarray] = []  # mean keys at the first layer
+        self.witnesses: list[np.ndarray] = []  # keys there in each context
+        self.threshold = np.inf
+        self.open: list[bool] = []  # what the first layer decided for the last text
+        self.pre_training = np.array([key for row in texts for key in self._first_keys(row)])
+
+    def _first_keys(self, ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            self.model(input_ids=torch.tensor([ids]))
+        return self.seen[self.layers[0]][0]
 
     def _hook(self, layer: int) -> Callable[..., torch.Tensor]:
         def answer(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -129,13 +179,22 @@ class PlainEditor:
             self.seen[layer] = keys, np.array(norms)
             if self.mode[layer] == "off":
                 return output
-            rows = []
-            for t, z in enumerate(z_of(norms) if max(norms) > 0 else [-np.inf] * len(norms)):
-                asked = min(self.alpha[layer], self.ratio[layer] * ceiling_of(len(norms)))
-                rows.append(edited[t] if self.mode[layer] == "temporary" or z >= asked else base[t])
+            open_ = [True] * len(keys)
+            if self.mode[layer] == "validated" and self.hparams.use_hooks:
+                open_ = self._opens(layer, keys, norms)
+            rows = [e if wanted else b for e, b, wanted in zip(edited, base, open_, strict=True)]
             return torch.tensor(np.array(rows))[None].to(output.dtype)
 
         return answer
+
+    def _opens(self, layer: int, keys: np.ndarray, norms: list[float]) -> list[bool]:
+        if self.hparams.scope == "zscore":
+            asked = min(self.alpha[layer], self.ratio[layer] * ceiling_of(len(norms)))
+            return [z >= asked for z in (z_of(norms) if max(norms) > 0 else [-np.inf] * len(norms))]
+        if layer == self.layers[0]:
+            scores = leverages(keys, np.array(self.edited), self.c0[layer], self.hparams.scope_ridge)
+            self.open = [bool(score >= self.threshold) for score in scores]
+        return self.open
 
     @torch.no_grad()
     def run(self, text: str) -> np.ndarray:
@@ -168,7 +227,13 @@ class PlainEditor:
                     self.run(text)
                     prefixed.append(self.seen[layer][0][at])
                 keys.append((plain + sum(prefixed) / len(prefixed)) / 2 if prefixed else plain)
+                if i == 0:
+                    self.witnesses += [plain, *prefixed]
                 residuals.append((target - current) / (len(self.layers) - i))
+            if i == 0:
+                self.edited += keys
+                if len(self.pre_training):
+                    self._move_threshold()
             k, r = np.array(keys).T, np.array(residuals).T  # (m, u), (d, u)
             delta = np.zeros_like(self.wh[layer])
             inverse = np.linalg.inv(self.c[layer] + sum(np.outer(column, column) for column in k.T))
@@ -179,6 +244,13 @@ class PlainEditor:
                 for column in k.T:
                     self.c[layer] = self.c[layer] + np.outer(column, column)
             self.mode[layer] = "validated"
+
+    def _move_threshold(self) -> None:
+        """Midway in log odds between a low quantile of edited keys and a high one of pre-training; not below that."""
+        c0, edited, ridge = self.c0[self.layers[0]], np.array(self.edited), self.hparams.scope_ridge
+        low = np.quantile(leverages(np.array(self.witnesses), edited, c0, ridge), 0.02)
+        floor = np.quantile(leverages(self.pre_training, edited, c0, ridge), 1 - self.hparams.scope_budget)
+        self.threshold = max(floor, 1 / (1 + np.exp(-(logit(low) + logit(floor)) / 2)))
 
     def lower_thresholds(self, facts: Sequence[dict[str, str]], margin: float) -> None:
         for layer in self.layers:

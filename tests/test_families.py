@@ -17,13 +17,19 @@ from coachhook_plugin.trace import captured
 
 EVERY = pytest.mark.parametrize("case", zoo.EVERY)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SCOPES = pytest.mark.parametrize("scope", ["leverage", "zscore"])
 OTHER = ["The old man stands in the city", "Many books were read"]
 
 
 @pytest.fixture
 def settings(text: Path) -> Callable[..., CoachHooKHparams]:
-    """Ten facts' worth of learning in few steps, and room in the weights for it."""
-    return lambda **changed: zoo.hparams(text, **{"v_num_grad_steps": 10, "mom2_update_weight": 0.1, **changed})
+    """Ten facts' worth of learning in few steps, room in the weights for it, and a scope that is wide.
+
+    A low alpha: in a random model the subject seldom stands out from its sentence as it does in a trained one. A large
+    budget: nor is its key the same in every context, and the text is full of it.
+    """
+    given = {"v_num_grad_steps": 10, "mom2_update_weight": 0.1, "alpha": 0.3, "scope_budget": 0.25}
+    return lambda **changed: zoo.hparams(text, **{**given, **changed})
 
 
 def test_no_family_of_the_table_goes_untested() -> None:
@@ -77,18 +83,18 @@ def test_logits_from_the_last_block_are_the_models_own(
     assert zoo.relative(parts.logits(seen.output), logits) < 1e-6
 
 
+@SCOPES
 @DTYPES
 @EVERY
 def test_an_edit_makes_the_new_target_likely(
-    case: str, dtype: torch.dtype, start: Callable[..., EditSession], tokenizer: Any
+    case: str, dtype: torch.dtype, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
-    # A low alpha: in a random model the subject seldom stands out from its sentence as it does in a trained one.
-    session = start(case, dtype=dtype, alpha=0.3)
+    session = start(case, dtype=dtype, scope=scope)
     before = [nll(session.model, tokenizer, fact) for fact in zoo.FACTS]
     result = session.edit(zoo.FACTS)
     after = [nll(session.model, tokenizer, fact) for fact in zoo.FACTS]
     gains = [old - new for old, new in zip(before, after, strict=True)]
-    # The paper's scope may miss the subject of a prompt where another token stands out more.
+    # A scope may miss the subject of a prompt: where another token stands out more, or its key is like no other.
     assert sum(gain > 0.01 for gain in gains) >= len(gains) - 1, "facts were not learned at all"
     promised = sum(before) - sum(result.nll)  # its NLL counts the prefixed prompts too
     assert sum(gains) > 0.4 * max(promised, 0.5), "the weights carry little of what the target values promise"
@@ -103,8 +109,8 @@ def test_undone_edits_leave_the_model_bit_for_bit_as_it_was(
 ) -> None:
     one = tiny(case, dtype=dtype)
     untouched, said = appearance(one), answers(one, tokenizer)
-    for hooks in (True, False):
-        session = EditSession(one, tokenizer, settings(use_hooks=hooks, v_num_grad_steps=4), progress=False)
+    for kind in ({"scope": "leverage"}, {"scope": "zscore"}, {"use_hooks": False}):
+        session = EditSession(one, tokenizer, settings(**kind, v_num_grad_steps=4), progress=False)
         empty = session.state
         session.edit(zoo.FACTS[:2])
         first = session.state
@@ -167,11 +173,12 @@ def test_padding_side_order_and_memory_budget_write_the_same_weights(
         assert zoo.relative(one, other) < 1e-5
 
 
+@SCOPES
 @EVERY
 def test_an_edited_model_answers_the_same_alone_and_padded_in_a_batch(
-    case: str, start: Callable[..., EditSession], tokenizer: Any
+    case: str, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
-    session = start(case, alpha=1.0)  # low enough for some tokens of other texts to be in scope as well
+    session = start(case, scope=scope, alpha=1.0)  # low enough for some tokens of other texts to be in scope as well
     session.edit(zoo.FACTS)
     texts = [fact["prompt"] for fact in zoo.FACTS] + OTHER
     alone = [logits[0] for logits in answers(session.model, tokenizer)]
@@ -199,11 +206,12 @@ def _padded(one: Any, rows: list[list[int]], side: str) -> dict[str, torch.Tenso
     return batch
 
 
+@SCOPES
 @EVERY
 def test_generation_starts_from_what_the_edited_model_says(
-    case: str, start: Callable[..., EditSession], tokenizer: Any
+    case: str, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
-    session = start(case)
+    session = start(case, scope=scope)
     session.edit(zoo.FACTS)
     edited = [logits[0, -1] for logits in answers(session.model, tokenizer)[:4]]
     with session.disabled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from coachhook_plugin.hook import CHILD, HookLayer, Mode, TokenMask
-from coachhook_plugin.scope import Thresholds
+from coachhook_plugin.hook import CHILD, HookLayer, Mode
+from coachhook_plugin.scope import Gate, Thresholds, ZScoreGate
+from coachhook_plugin.scope.token_mask import TokenMask
 
 D, M = 5, 7
 
@@ -39,6 +41,10 @@ class Toy(nn.Module):
         return self.projection(keys)
 
 
+def gate(model: Toy) -> ZScoreGate:
+    return ZScoreGate(TokenMask(model), Thresholds(1.2, 0.9), torch.device("cpu"))
+
+
 def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Toy, HookLayer, torch.Tensor]:
     """The model, its hook layer, and Wh (d, m)."""
     torch.manual_seed(0)
@@ -46,7 +52,7 @@ def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Toy, HookLayer, 
     model = Toy(projection).eval().to(dtype)
     if getattr(projection, "bias", None) is not None:
         nn.init.normal_(projection.bias)
-    hook = HookLayer(projection, TokenMask(model), Thresholds(1.2, 0.9))
+    hook = HookLayer(projection, gate(model))
     delta = torch.randn(D, M)
     hook.write(delta)
     weight = projection.weight.detach()
@@ -65,7 +71,7 @@ def by_hand(model: Toy, hook: HookLayer, wh: torch.Tensor, ids: list[int]) -> to
     bias = getattr(model.projection, "bias", None)
     edited = [wh @ model.keys.weight[i] + (0 if bias is None else bias) for i in ids]
     norms = [float((o - p).detach().norm()) for o, p in zip(edited, base, strict=True)]
-    asked = min(float(hook.alpha), float(hook.ratio) * ceiling_of(len(ids)))
+    asked = min(float(hook.gate.alpha), float(hook.gate.ratio) * ceiling_of(len(ids)))
     return torch.stack([o if z >= asked else p for o, p, z in zip(edited, base, z_of(norms), strict=True)])
 
 
@@ -92,6 +98,75 @@ def test_a_validated_hook_answers_the_tokens_in_scope_and_no_others(kind: str) -
     assert changed.any()
     assert not changed.all()
     assert torch.equal(found[~changed], base[~changed])
+
+
+class Chosen(Gate):
+    """Opens the tokens it is told to, before or after a look at Delta k."""
+
+    def __init__(self, open_: torch.Tensor | None, looks: bool) -> None:
+        super().__init__()
+        self.open_, self.looks, self.calls = open_, looks, 0
+        self.change: torch.Tensor | None = None
+
+    def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        self.calls += 1
+        if self.looks:
+            self.change = change()
+        return None if self.open_ is None else self.open_.view(*key.shape[:-1], 1)
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["gate looks at the change", "gate looks at the key", "compiled"])
+@pytest.mark.parametrize("chosen", ["some", "all", "none", "one", "nobody decided"])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_exactly_the_tokens_the_gate_opens_are_answered(
+    kind: str, way: str, chosen: str, flatten: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hook, _ = toy(kind)
+    looks = way == "gate looks at the change"
+    if way == "compiled":  # or not on the CPU
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    open_ = {
+        "some": torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) < 0.4,
+        "all": torch.ones_like(IDS).bool(),
+        "none": torch.zeros_like(IDS).bool(),
+        "one": torch.arange(IDS.numel()).view(IDS.shape) == 13,
+        "nobody decided": None,
+    }[chosen]
+    base = model(IDS)
+    hook.mode = Mode.TEMPORARY
+    edited = model(IDS)
+    hook.gate, hook.mode = Chosen(open_, looks), Mode.VALIDATED
+    found = model(IDS, flatten=flatten)
+    expected = base if open_ is None else torch.where(open_[..., None], edited, base)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if open_ is not None:
+        assert torch.equal(found[~open_], base[~open_])
+    if looks:
+        torch.testing.assert_close(hook.gate.change.view_as(base), edited - base, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["gate saw the change", "gate saw the key"])
+def test_what_is_not_answered_gets_no_gradient_of_the_change(looks: bool) -> None:
+    """Both ways of adding the change can be trained through, and say the same."""
+    model, hook, wh = toy("biased")
+    open_ = torch.zeros_like(IDS).bool()
+    open_[0, 2] = open_[2, 5] = True
+    hook.gate, hook.mode = Chosen(open_, looks), Mode.VALIDATED
+    keys = model.keys(IDS).detach().requires_grad_()
+    model.projection(keys).sum().backward()
+    weight = model.projection.weight.detach()
+    expected = torch.where(open_[..., None], wh.sum(0), weight.sum(0))
+    torch.testing.assert_close(keys.grad, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_only_a_validated_hook_asks_its_gate() -> None:
+    model, hook, _ = toy("plain")
+    hook.gate = Chosen(torch.ones_like(IDS).bool(), looks=True)
+    for mode, calls in ((Mode.OFF, 0), (Mode.TEMPORARY, 0), (Mode.VALIDATED, 1)):
+        hook.mode = mode
+        model(IDS)
+        assert hook.gate.calls == calls
 
 
 @KINDS
@@ -149,10 +224,10 @@ def test_the_base_parameters_keep_their_names_and_bits_and_the_edits_are_saved_b
     model, hook, _ = toy("biased")
     hook.remove_from(model.projection)
     before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
-    HookLayer(model.projection, TokenMask(model), Thresholds(1.2, 0.9)).write(torch.ones(D, M))
+    HookLayer(model.projection, gate(model)).write(torch.ones(D, M))
     after = model.state_dict()
     assert {name: bits(after[name]) for name in before} == before
-    assert set(after) - set(before) == {f"projection.{CHILD}.{name}" for name in ("delta", "alpha", "ratio")}
+    assert set(after) - set(before) == {f"projection.{CHILD}.{name}" for name in ("delta", "gate.alpha", "gate.ratio")}
     assert torch.equal(after[f"projection.{CHILD}.delta"], torch.ones(D, M))
     assert [name for name, _ in model.named_parameters()] == ["keys.weight", "projection.weight", "projection.bias"]
 
@@ -162,7 +237,7 @@ def test_removing_a_hook_leaves_nothing_behind() -> None:
     model = Toy(nn.Linear(M, D))
     before = photograph(model)
     tokens = TokenMask(model)
-    hook = HookLayer(model.projection, tokens, Thresholds(1.2, 0.9))
+    hook = HookLayer(model.projection, ZScoreGate(tokens, Thresholds(1.2, 0.9), torch.device("cpu")))
     assert photograph(model) != before
     hook.remove_from(model.projection)
     tokens.remove()
@@ -181,7 +256,7 @@ def test_changing_the_models_dtype_rounds_the_answers_not_the_edits(dtype: torch
     model = model.to(dtype) if how == "to" else getattr(model, method)()
     assert model.projection.weight.dtype == dtype
     assert hook.delta.dtype == torch.float32
-    assert hook.alpha.dtype == torch.float64
+    assert hook.gate.alpha.dtype == torch.float64
     assert torch.equal(hook.delta, delta)
     answer = model(IDS)
     assert answer.dtype == dtype
@@ -211,6 +286,14 @@ def test_loading_a_state_dict_answers_with_the_loaded_edits_and_spares_earlier_s
     assert bits(snapshot) == kept
 
 
+def test_edits_of_another_shape_are_refused_and_not_loaded() -> None:
+    model, hook, _ = toy("plain")
+    before = bits(hook.delta)
+    with pytest.raises(RuntimeError, match=r"size mismatch.*delta"):
+        model.load_state_dict({**model.state_dict(), f"projection.{CHILD}.delta": torch.zeros(D, M + 1)})
+    assert bits(hook.delta) == before
+
+
 def test_a_deep_copy_answers_by_itself() -> None:
     model, hook, _ = toy("biased")
     hook.mode = Mode.VALIDATED
@@ -222,7 +305,7 @@ def test_a_deep_copy_answers_by_itself() -> None:
     assert torch.equal(twin(IDS), answer)
     assert not torch.equal(model(IDS), answer)
     twin_hook: Any = twin.projection.get_submodule(CHILD)
-    assert twin_hook._tokens is not hook._tokens
+    assert twin_hook.gate._tokens is not hook.gate._tokens
 
 
 def test_copies_read_their_own_attention_mask() -> None:
@@ -237,7 +320,7 @@ def test_copies_read_their_own_attention_mask() -> None:
 def test_what_is_measured_is_the_change_and_the_mask() -> None:
     model, hook, _ = toy("biased")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hook.mode, hook.observer = Mode.VALIDATED, lambda norms, mask: seen.append((norms, mask))
+    hook.mode, hook.gate.observer = Mode.VALIDATED, lambda norms, mask: seen.append((norms, mask))
     mask = torch.ones_like(IDS)
     mask[0, :4] = 0
     model(IDS, mask)

@@ -34,6 +34,12 @@ def test_the_paper_s_settings_are_the_defaults() -> None:
     assert (found.use_hooks, found.accumulate) == (True, True)
 
 
+def test_the_causal_scope_is_the_default_and_the_papers_is_there() -> None:
+    found = CoachHooKHparams.from_dict(LEAST)
+    assert (found.scope, found.scope_budget, found.scope_ridge) == ("leverage", 0.002, 0.1)
+    assert CoachHooKHparams.from_dict({**LEAST, "scope": "zscore"}).scope == "zscore"
+
+
 def test_every_field_survives_being_written_and_read_again(tmp_path: Path) -> None:
     first = CoachHooKHparams.from_dict({**LEAST, "alpha": 1.5, "context_prefixes": ["So. "], "device": "cpu"})
     path = tmp_path / "again.yaml"
@@ -49,6 +55,9 @@ def test_every_field_survives_being_written_and_read_again(tmp_path: Path) -> No
         ("v_weight_decay: 1E-3", "v_weight_decay", 1e-3),
         ("kl_factor: '0.1'", "kl_factor", 0.1),
         ("alpha: 2", "alpha", 2.0),
+        ("scope_budget: 1e-3", "scope_budget", 0.001),
+        ("scope_ridge: 1", "scope_ridge", 1.0),
+        ("scope: zscore", "scope", "zscore"),
         ("mom2_update_weight: 15e3", "mom2_update_weight", 15000.0),
         ("v_num_grad_steps: '7'", "v_num_grad_steps", 7),
         ("v_num_grad_steps: 7.0", "v_num_grad_steps", 7),
@@ -91,6 +100,14 @@ def test_numbers_are_read_however_yaml_spells_them(tmp_path: Path, text: str, fi
         ("stats_dir", {"a": 1}),
         ("layer_selection", "some"),
         ("fact_token", "last"),
+        ("scope", "leverages"),
+        ("scope", "Z-score"),
+        ("scope", None),
+        ("scope", True),
+        ("scope_budget", "little"),
+        ("scope_budget", None),
+        ("scope_ridge", [0.1]),
+        ("scope_ridge", False),
         ("device", "gpu please"),
     ],
 )
@@ -121,6 +138,13 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(tmp_path: Path, field: str
         ("v_weight_decay", -0.1),
         ("kl_factor", float("nan")),
         ("v_loss_threshold", -1),
+        ("scope_budget", 0),
+        ("scope_budget", 1),
+        ("scope_budget", -0.1),
+        ("scope_budget", float("nan")),
+        ("scope_ridge", 0),
+        ("scope_ridge", -1.0),
+        ("scope_ridge", float("nan")),
         ("short_prompt_ratio", 0),
         ("short_prompt_ratio", 1.1),
         ("mom2_adjustment", False),
@@ -182,3 +206,10 @@ def test_a_device_is_understood_as_the_toolkit_writes_it(device: Any, expected: 
 def test_without_a_device_the_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert CoachHooKHparams.from_dict(LEAST).torch_device().type == ("cuda" if there else "cpu")
+
+
+def test_a_wrong_scope_is_told_the_right_ones() -> None:
+    with pytest.raises(ValueError, match=r"scope is 'z'; expected 'leverage' or 'zscore'"):
+        CoachHooKHparams.from_dict({**LEAST, "scope": "z"})
+    with pytest.raises(ValueError, match=r"scope_budget is 2\.0; it must lie between 0 and 1"):
+        CoachHooKHparams.from_dict({**LEAST, "scope_budget": 2})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import zoo
@@ -88,7 +87,6 @@ def test_what_is_written_is_the_methods_update(
     c0 = {i: s.memory.matrix.numpy() / session.hparams.mom2_update_weight for i, s in session.state.layers.items()}
     names = [NAME[case].format(layer) for layer in (1, 2)]
     plain = PlainEditor(session, zoo.model(case, len(session.tokenizer), dtype=dtype), c0, names)
-    plain.alpha = dict.fromkeys(plain.layers, -np.inf)  # without hooks there is no gate: every token is answered
     for number, batch in enumerate([facts[:2], facts[2:]]):
         session.edit(batch)
         plain.edit(batch, targets[number].values.double().numpy())
@@ -136,9 +134,12 @@ def test_disabled_hides_the_written_weights(start: Callable[..., EditSession], f
     assert photograph(session.model) == written
 
 
-def test_unlike_a_hook_a_written_weight_answers_every_token(start: Callable[..., EditSession], facts: Facts) -> None:
+@pytest.mark.parametrize("scope", ["leverage", "zscore"])
+def test_unlike_a_hook_a_written_weight_answers_every_token(
+    start: Callable[..., EditSession], facts: Facts, scope: str
+) -> None:
     texts = ["Ada", "as one can read in many books"]
-    written, hooked = start(use_hooks=False), start()
+    written, hooked = start(use_hooks=False), start(scope=scope, scope_budget=0.002)
     base = logits_of(hooked.model, hooked.tokenizer, texts)
     written.edit(facts)
     hooked.edit(facts)

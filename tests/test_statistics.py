@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,13 +20,13 @@ from coachhook_plugin import CoachHooKHparams, statistics
 from coachhook_plugin.architectures import model_parts, weight_shape
 from coachhook_plugin.statistics import (
     KeyStatistics,
-    PackedText,
-    SampledText,
     key_statistics,
     load_statistics,
+    pre_training_keys,
     save_statistics,
     toolkit_paths,
 )
+from coachhook_plugin.text import ROWS, SampledText
 from coachhook_plugin.trace import captured, frozen
 
 CPU = torch.device("cpu")
@@ -107,9 +106,7 @@ def test_the_sums_are_those_of_all_keys_of_the_text(
 ) -> None:
     one = tiny(case)
     statistics_of = found(one)
-    documents = long_text.read_text(encoding="utf-8").split("\n\n")
-    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]][:TOKENS]
-    rows = [ids[i : i + 128] for i in range(0, TOKENS - 127, 128)]  # the models' context is 128
+    rows = rows_of(tokenizer, long_text)
     for layer, projection in model_parts(one, zoo.hparams(long_text)).projections.items():
         expected = np.zeros((M, M))
         for row in rows:
@@ -124,6 +121,63 @@ def test_the_sums_are_those_of_all_keys_of_the_text(
         assert np.linalg.norm(covariance - expected / count) < 1e-5 * np.linalg.norm(expected / count)
 
 
+def rows_of(tokenizer: Any, path: Path, tokens: int = TOKENS) -> list[list[int]]:
+    """The text as the models read it: documents, each with its end, in rows of their context, which is 128."""
+    documents = path.read_text(encoding="utf-8").split("\n\n")
+    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]][:tokens]
+    return [ids[i : i + 128] for i in range(0, len(ids) - 127, 128)]
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("count", [1, 200, 2 * 16 * 128 + 5, 100_000])
+def test_the_scope_is_calibrated_on_the_first_keys_of_the_text(
+    case: str, count: int, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any, long_text: Path
+) -> None:
+    one, hparams = tiny(case), settings(layers=[1, 3])
+    parts = model_parts(one, hparams)
+    with frozen(one):
+        found = pre_training_keys(one, parts, 1, tokenizer, hparams, CPU, count)
+    rows = rows_of(tokenizer, long_text)
+    expected: list[torch.Tensor] = []  # one row at a time, only as many as needed
+    for row in rows[: -(-count // 128)]:
+        with torch.no_grad(), captured(parts.projections[1]) as seen:
+            one(input_ids=torch.tensor([row]))
+        expected += seen.input.reshape(-1, M)
+    assert found.shape == (min(count, len(rows) * 128), M)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.stack(expected[:count]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_calibration_reads_no_more_text_than_it_needs(
+    tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    one, passes = tiny().bfloat16(), []
+    one.register_forward_pre_hook(lambda *_: passes.append(1))
+    with frozen(one):
+        found = pre_training_keys(one, model_parts(one, settings()), 0, tokenizer, settings(), CPU, ROWS * 128)
+    assert len(passes) == 1
+    assert found.dtype == torch.float32  # of a model in half precision too
+    assert not any(layer.mlp.down_proj._forward_hooks for layer in one.model.layers)
+
+
+def test_sessions_on_sampled_text_let_the_model_write_it_once(start: Callable[..., Any], empty_cache: Path) -> None:
+    """Statistics and calibration share it, and so does the next session."""
+    given = {"mom2_dataset": "self", "mom2_key_multiple": 10, "scope": "leverage"}
+    first = start(**given)
+    _ = first.state
+    written = {path.name: path.stat().st_mtime_ns for path in (empty_cache.parent / "text").iterdir()}
+    assert written
+    for path in empty_cache.iterdir():
+        path.unlink()  # so that the statistics are collected again
+    again = start(**given)
+    _ = again.state
+    assert {path.name: path.stat().st_mtime_ns for path in (empty_cache.parent / "text").iterdir()} == written
+    assert torch.equal(first._scope._pre_training, again._scope._pre_training)
+    one, other = (session.state.layers[1].memory.matrix for session in (first, again))
+    assert torch.equal(one, other)
+
+
 def test_text_sampled_from_the_model_is_enough_and_without_special_tokens(
     tiny: Callable[..., Any], found: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -135,28 +189,6 @@ def test_text_sampled_from_the_model_is_enough_and_without_special_tokens(
     assert texts.numel() >= 20 * M
     assert not (texts == tokenizer.eos_token_id).any()
     assert len({tuple(row) for row in texts.tolist()}) == len(texts)
-
-
-def test_sampled_text_is_the_same_from_any_starting_point_and_needs_no_global_seed(
-    tiny: Callable[..., Any], tokenizer: Any
-) -> None:
-    one = tiny()
-
-    def batches(seed: int, order: list[int]) -> dict[int, torch.Tensor]:
-        source = SampledText(one, tokenizer, 3 * 16 * 32, seed, CPU, 32)
-        return {i: source.batch(i) for i in order}
-
-    random.seed(1)
-    torch.manual_seed(1)
-    before = random.getstate(), torch.get_rng_state()
-    first = batches(0, [0, 1, 2])
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
-    torch.manual_seed(2)
-    again = batches(0, [2, 0])
-    assert all(torch.equal(again[i], first[i]) for i in again)
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(batches(1, [0])[0], first[0])
 
 
 def test_statistics_are_of_the_unedited_model(
@@ -276,7 +308,7 @@ def test_an_interrupted_collection_goes_on_where_it_was_and_ends_with_the_same_b
     projections = model_parts(one, zoo.hparams("-")).projections.values()
     assert not any(projection._forward_pre_hooks for projection in projections)
     assert same(found(one), undisturbed)
-    batches = -(-(TOKENS // 128) // statistics.ROWS)
+    batches = -(-(TOKENS // 128) // ROWS)
     assert batches == 3
     assert begun() == 4  # two batches before, one that was cut off and came again
     assert not list(empty_cache.glob("*.partial.npz"))
@@ -376,13 +408,6 @@ def test_a_text_file_without_text_is_refused_by_name(
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"nothing\.txt' holds no text"):
         found(tiny(), mom2_dataset=str(path))
-
-
-def test_a_text_shorter_than_a_row_is_used_whole(tokenizer: Any) -> None:
-    source = PackedText(["The mother tongue"], "short.txt", tokenizer, 1000, 128)
-    ids = [*tokenizer("The mother tongue")["input_ids"], tokenizer.eos_token_id]
-    assert source.batches == 1
-    assert source.batch(0).tolist() == [ids]
 
 
 # The toolkit's files.

@@ -102,7 +102,10 @@ def assert_same_state(found: SessionState, expected: SessionState) -> None:
         other = found.layers[layer]
         assert torch.equal(other.delta, state.delta)
         assert torch.equal(other.memory.matrix, state.memory.matrix)
-        assert other.thresholds == state.thresholds
+    assert type(found.scope) is type(expected.scope)
+    for name, told in vars(expected.scope).items():
+        other_told = getattr(found.scope, name)
+        assert torch.equal(other_told, told) if isinstance(told, torch.Tensor) else other_told == told, name
 
 
 def written_json(bench: Bench, name: str, records: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Which tokens the hook layers answer, and how the threshold moves."""
+"""The z-score rule: which tokens the hook layers answer, and how the threshold moves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain import ceiling_of, z_of
 
-from coachhook_plugin.scope import MIN_TOKENS, Thresholds, ceiling, in_scope, lowered, z_scores
+from coachhook_plugin.scope.zscore import MIN_TOKENS, Thresholds, ceiling, in_scope, lowered, z_scores
 
 NORMS = st.lists(st.integers(0, 1000).map(lambda n: n / 64), min_size=0, max_size=12)
 ROWS = st.lists(NORMS, min_size=1, max_size=5).filter(lambda rows: any(rows))
