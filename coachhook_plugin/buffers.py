@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ class PreciseBuffers(nn.Module):
 
     Buffers are replaced, never written into, because session states share their tensors.
     """
+
+    growing: ClassVar[frozenset[str]] = frozenset()  # buffers that load in any shape
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +29,8 @@ class PreciseBuffers(nn.Module):
             return buffer
         source, cast = self._casts.get(name, (None, None))
         if source is not buffer or cast is None or cast.dtype != dtype:
-            cast = buffer.to(dtype)
+            with torch.inference_mode(False):  # a cast made while generating must serve a training step as well
+                cast = buffer.to(dtype)
             self._casts[name] = buffer, cast
         return cast
 
@@ -44,8 +47,9 @@ class PreciseBuffers(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
-            if buffer is not None and isinstance(given, torch.Tensor):
-                # A fresh tensor: loading copies into it. Of the given shape: some grow with the edits.
-                self._buffers[name] = torch.empty(given.shape, dtype=buffer.dtype, device=buffer.device)
+            if buffer is None or not isinstance(given, torch.Tensor):
+                continue
+            if name in self.growing or given.shape == buffer.shape:
+                self._buffers[name] = buffer.new_empty(given.shape)  # a fresh tensor: loading copies into it
         self._casts.clear()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -41,6 +41,7 @@ class HookLayer(PreciseBuffers):
         self.register_buffer("delta", torch.zeros(weight_shape(projection), dtype=torch.float32, device=weight.device))
         self.gate = gate.to(weight.device)
         self.mode = Mode.OFF
+        self.train(projection.training)
         self._handle = projection.register_forward_hook(self._answer)
         projection.add_module(CHILD, self)
 

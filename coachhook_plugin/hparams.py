@@ -45,7 +45,8 @@ class CoachHooKHparams:
     v_lr: float = 0.5
     v_loss_layer: int | None = None  # block whose output is read for the loss; None: the last one
     v_weight_decay: float = 1e-3
-    v_loss_threshold: float = 0.05  # a request stops when its loss is below this
+    v_loss_threshold: float = 0.05  # a request stops when its loss is below this ...
+    v_nll_threshold: float = 0.0  # ... or the NLL within it below this: the KL term alone can keep a loss above 0.05
     clamp_norm_factor: float = 0.75  # ||delta|| <= factor * ||v0||
     kl_factor: float = 0.0625
     context_prefixes: list[str] | None = None  # texts put before the prompt; None: sampled from the model
@@ -97,7 +98,7 @@ class CoachHooKHparams:
         for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "mom2_key_multiple", "alpha", "scope_ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        for name in ("v_weight_decay", "kl_factor", "v_loss_threshold"):
+        for name in ("v_weight_decay", "kl_factor", "v_loss_threshold", "v_nll_threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 < self.scope_budget < 1:

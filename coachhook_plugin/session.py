@@ -150,8 +150,8 @@ class EditSession:
         parsed = self.check(requests)
         before = self.state
         try:
+            self._attach()
             with frozen(self.model):
-                self._attach()
                 targets, layers, scope = self._written_batch(parsed)
             self._state = SessionState(layers, scope, before.edits + len(parsed), before.batches + 1)
         except BaseException:
@@ -330,7 +330,7 @@ class EditSession:
             return ZScoreScope(self.model, hparams.layers, start, hparams.dynamic_alpha)
         sample = statistics.pre_training_keys(self.model, self._parts, first, self.tokenizer, hparams, self.device)
         c0 = found[first].covariance().to(_device_of(self._parts.projections[first]))
-        return LeverageScope(first, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
+        return LeverageScope(hparams.layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _attach(self) -> None:
         if self._hooks or self._written:

@@ -178,7 +178,7 @@ def _solve(
         nll = torch.where(active, nll_now, nll)
         bar.update()
         bar.set_postfix(nll=f"{nll.mean().item():.2f}", refresh=False)
-        active = active & (loss >= hparams.v_loss_threshold)
+        active = active & (loss >= hparams.v_loss_threshold) & (nll_now >= hparams.v_nll_threshold)
         if final or not active.any():
             bar.update(hparams.v_num_grad_steps - 1 - step)
             break

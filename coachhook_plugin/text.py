@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,8 @@ class SampledText:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._first = int(first if first is not None else 0)
         self._banned = [i for i in tokenizer.all_special_ids if i is not None]
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self._vocabulary = int(embeddings.weight.shape[0])
         self.batches = max(1, -(-tokens // (SAMPLED_ROWS * length)))
         told = {"seed": seed, "batches": self.batches, "first": self._first, "rows": SAMPLED_ROWS, "length": length}
         self.description = {"source": "self", **told}
@@ -66,17 +69,22 @@ class SampledText:
 
     def batch(self, index: int) -> torch.Tensor:
         path = cache_dir() / "text" / f"{self._name}-{index}.npy"
-        shape = (SAMPLED_ROWS, self._length)
         if path.is_file():
             try:
-                ids = np.load(path, allow_pickle=False)
-                if ids.shape == shape and ids.dtype == np.int64 and ids.min() >= 0:
-                    return torch.from_numpy(ids)
-            except (OSError, ValueError, EOFError) as error:
+                return self._read(path)
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 LOG.warning("%s: unreadable (%s); writing it again", path, error)
         drawn = self._drawn(index).cpu().numpy()
         write_whole(path, lambda stream: np.save(stream, drawn))
         return torch.from_numpy(drawn)
+
+    def _read(self, path: Path) -> torch.Tensor:
+        ids = np.load(path, allow_pickle=False)
+        if not isinstance(ids, np.ndarray) or ids.shape != (SAMPLED_ROWS, self._length) or ids.dtype != np.int64:
+            raise ValueError("not rows of token ids")
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise ValueError("token ids of another vocabulary")
+        return torch.from_numpy(ids)
 
     def _drawn(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)

@@ -249,8 +249,10 @@ class PlainEditor:
         """Midway in log odds between a low quantile of edited keys and a high one of pre-training; not below that."""
         c0, edited, ridge = self.c0[self.layers[0]], np.array(self.edited), self.hparams.scope_ridge
         low = np.quantile(leverages(np.array(self.witnesses), edited, c0, ridge), 0.02)
-        floor = np.quantile(leverages(self.pre_training, edited, c0, ridge), 1 - self.hparams.scope_budget)
-        self.threshold = max(floor, 1 / (1 + np.exp(-(logit(low) + logit(floor)) / 2)))
+        rest = sorted(leverages(self.pre_training, edited, c0, ridge), reverse=True)
+        first_too_many = rest[int(self.hparams.scope_budget * len(rest))]
+        midway = 1 / (1 + np.exp(-(logit(low) + logit(first_too_many)) / 2))
+        self.threshold = max(first_too_many * 1.001, midway)
 
     def lower_thresholds(self, facts: Sequence[dict[str, str]], margin: float) -> None:
         for layer in self.layers:

@@ -24,6 +24,7 @@ class Inner(PreciseBuffers):
 
 
 class Holder(PreciseBuffers):
+    growing = frozenset({"precise"})
     precise: torch.Tensor
     nothing: torch.Tensor | None
 

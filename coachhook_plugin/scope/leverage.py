@@ -29,6 +29,7 @@ from .gate import Gate, Scope
 
 WITNESSES = 512  # keys of edited facts that the threshold is taken from
 QUANTILE = 0.02  # of them may stay outside: the odd one must not open the scope for everything
+MARGIN = 1e-3  # relative, for sums that round differently in another batch layout
 SHRINKAGE = 1e-4  # ridge of C0, as a share of its mean diagonal
 
 
@@ -56,6 +57,7 @@ class LeverageGate(Gate):
     whiten: torch.Tensor  # (m, m): L^-1
     explain: torch.Tensor  # (r, m): (eps I + Q^T Q)^-1/2 Q^T L^-1
     threshold: torch.Tensor  # ()
+    growing = frozenset({"explain"})
 
     def __init__(self, whiten: torch.Tensor, decision: Decision) -> None:
         super().__init__()
@@ -65,8 +67,9 @@ class LeverageGate(Gate):
         self.register_buffer("threshold", whiten.new_tensor(torch.inf))
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        wide = torch.promote_types(key.dtype, torch.float32)
         explained, whole = (
-            torch.linalg.vector_norm(F.linear(key, self.in_dtype(name, key.dtype)), dim=-1, dtype=torch.float32)
+            torch.linalg.vector_norm(F.linear(key, self.in_dtype(name, key.dtype)), dim=-1, dtype=wide)
             for name in ("explain", "whiten")
         )
         # Without the division a zero key is outside, not NaN.
@@ -81,12 +84,14 @@ class LeverageGate(Gate):
 class FollowingGate(Gate):
     """Repeats what the first edited layer decided."""
 
-    def __init__(self, decision: Decision) -> None:
+    def __init__(self, decision: Decision, last: bool) -> None:
         super().__init__()
-        self._decision = decision
+        self._decision, self._last = decision, last
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         open_ = self._decision.open
+        if self._last and not self.training:  # training may run a block once more (gradient checkpointing)
+            self._decision.open = None
         if open_ is None or open_.shape[:-1] != key.shape[:-1]:
             return None  # a block run by itself: nobody has decided
         return open_.to(key.device)
@@ -99,8 +104,8 @@ class LeverageScope(Scope):
     """The leverage rule on one model.
 
     Args:
-        first: the first edited layer.
-        c0: (m, m), E[k k^T] there.
+        layers: the edited layers.
+        c0: (m, m), E[k k^T] at the first of them.
         sample: (n, m), pre-training keys there.
         budget: share of pre-training tokens that may open.
         ridge: eps.
@@ -109,9 +114,10 @@ class LeverageScope(Scope):
     looks_ahead = False
 
     def __init__(
-        self, first: int, c0: torch.Tensor, sample: torch.Tensor, budget: float, ridge: float, seed: int = 0
+        self, layers: list[int], c0: torch.Tensor, sample: torch.Tensor, budget: float, ridge: float, seed: int = 0
     ) -> None:
-        self.first, self.budget, self.ridge, self.seed = first, budget, ridge, seed
+        self.first, self.last = layers[0], layers[-1]
+        self.budget, self.ridge, self.seed = budget, ridge, seed
         self.whiten = whitening(c0)  # (m, m)
         self._pre_training = (working_precision(sample).to(self.whiten.device) @ self.whiten.T).float()  # (n, m)
         self._decision = Decision()
@@ -124,7 +130,7 @@ class LeverageScope(Scope):
     def gate(self, layer: int) -> Gate:
         if layer == self.first:
             return LeverageGate(self._scaled(self.whiten), self._decision)
-        return FollowingGate(self._decision)
+        return FollowingGate(self._decision, layer == self.last)
 
     def show(self, layer: int, gate: Gate, state: LeverageState) -> None:
         if isinstance(gate, LeverageGate):
@@ -153,9 +159,12 @@ class LeverageScope(Scope):
         return torch.cat([state.witnesses, white])[kept.to(white.device)], lots[kept]
 
     def _threshold(self, edited: torch.Tensor, pre_training: torch.Tensor) -> float:
-        low = edited.quantile(QUANTILE).logit(eps=1e-6)
-        floor = pre_training.quantile(1 - self.budget).logit(eps=1e-6)
-        return float(torch.maximum((low + floor) / 2, floor).sigmoid())
+        # The first value that leaves too many open, and a little more: keys can be equal (the first tokens of texts).
+        excess = pre_training.sort(descending=True).values[int(self.budget * len(pre_training))]
+        floor = float(excess) * (1 + MARGIN)
+        low = edited.quantile(QUANTILE)
+        midway = torch.stack([low, excess]).logit(eps=1e-6).mean().sigmoid()
+        return max(float(midway), floor)
 
     def _scaled(self, matrix: torch.Tensor) -> torch.Tensor:
         # So that the entries of both matrices fit 16 bits; their quotient does not notice.
