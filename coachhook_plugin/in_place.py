@@ -16,7 +16,7 @@ class InPlaceLayer:
     def __init__(self, projection: nn.Module) -> None:
         self._weight = cast(nn.Parameter, projection.weight)
         self._transposed = is_transposed(projection)
-        self._original = self._weight.detach().clone()
+        self.original = self._weight.detach().clone()
         self.hidden = False
         self.delta = torch.zeros(weight_shape(projection), dtype=torch.float32, device=self._weight.device)  # (d, m)
 
@@ -29,7 +29,7 @@ class InPlaceLayer:
     @torch.no_grad()
     def hide(self) -> None:
         """The base weight, until `show`."""
-        self._weight.copy_(self._original)
+        self._weight.copy_(self.original)
         self.hidden = True
 
     @torch.no_grad()
@@ -41,7 +41,7 @@ class InPlaceLayer:
 
     def _show(self, delta: torch.Tensor) -> None:
         change = delta.T if self._transposed else delta
-        wide = torch.promote_types(self._original.dtype, torch.float32)
-        total = self._original.to(wide) + change.to(self._original.device)
+        wide = torch.promote_types(self.original.dtype, torch.float32)
+        total = self.original.to(wide) + change.to(self.original.device)
         self._weight.copy_(total.to(self._weight.dtype))
         self.hidden = False

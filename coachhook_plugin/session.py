@@ -135,6 +135,16 @@ class EditSession:
             self._state = self._initial_state()
         return self._state
 
+    def kept_bytes(self) -> int:
+        """Memory held for the edits, beside the model's own weights; bounded, however many they are."""
+        holders = [self._scope, self._scope and self.state.scope, *self.state.layers.values()]
+        tensors = [value for holder in holders if holder is not None for value in vars(holder).values()]
+        tensors += [state.memory.matrix for state in self.state.layers.values()]
+        tensors += [buffer for hook in self._hooks.values() for buffer in hook.buffers()]
+        tensors += [written.original for written in self._written.values()]
+        stored = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
+        return sum(stored.values())
+
     def edit(self, requests: Iterable[Mapping[str, Any] | Request]) -> EditResult:
         """Write one batch of facts (paper, algorithm 1). It lands whole or not at all.
 

@@ -46,9 +46,7 @@ class CoachHooK:
         self._editor.session.edit([record.request() for record in records])
 
     def kept_bytes(self) -> int:
-        layers = self._editor.session.state.layers.values()
-        tensors = [tensor for layer in layers for tensor in (layer.delta, layer.memory.matrix)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self._editor.session.kept_bytes()
 
 
 class ToolkitMethod:

@@ -103,7 +103,7 @@ def assert_same_state(found: SessionState, expected: SessionState) -> None:
         assert torch.equal(other.delta, state.delta)
         assert torch.equal(other.memory.matrix, state.memory.matrix)
     assert type(found.scope) is type(expected.scope)
-    for name, told in vars(expected.scope).items():
+    for name, told in ({} if expected.scope is None else vars(expected.scope)).items():
         other_told = getattr(found.scope, name)
         assert torch.equal(other_told, told) if isinstance(told, torch.Tensor) else other_told == told, name
 
