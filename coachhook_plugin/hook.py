@@ -53,6 +53,10 @@ class HookLayer(PreciseBuffers):
         """Replace Delta (d, m)."""
         self.delta = delta.to(self.delta.device)
 
+    def margin(self, key: torch.Tensor) -> torch.Tensor | None:
+        """(...): how far each key (..., m) is inside the scope, see `Gate.margin`."""
+        return self.gate.margin(key, lambda: self._change(key))
+
     def _answer(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
         key = inputs[0]  # (..., m)
         if self.mode is Mode.OFF:

@@ -135,6 +135,34 @@ class EditSession:
             self._state = self._initial_state()
         return self._state
 
+    @torch.no_grad()
+    def margins(self, ids: torch.Tensor) -> torch.Tensor:
+        """How far each token is inside the editing scope, for token ids (T,) of one unpadded text.
+
+        Returns:
+            (T,): score over what is asked, the largest of all edited layers; tokens with 1 and more are answered by
+            the edits. Without edits or hook layers -inf.
+        """
+        found = torch.full(ids.shape, -torch.inf)
+        seen: dict[int, torch.Tensor] = {}
+        handles = [
+            self._parts.projections[layer].register_forward_pre_hook(
+                lambda _, inputs, layer=layer: seen.update({layer: inputs[0]})
+            )
+            for layer in self._hooks
+        ]
+        try:
+            with frozen(self.model):
+                self.model(input_ids=ids[None].to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer, key in seen.items():
+            margin = self._hooks[layer].margin(key)
+            if margin is not None:
+                found = torch.maximum(found, margin.reshape(-1).to(found))
+        return found
+
     def kept_bytes(self) -> int:
         """Memory held for the edits, beside the model's own weights; bounded, however many they are."""
         holders = [self._scope, self._scope and self.state.scope, *self.state.layers.values()]

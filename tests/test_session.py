@@ -299,6 +299,21 @@ def test_memory_stays_within_one_square_matrix_and_a_fixed_sample(
     assert sizes[6] == sizes[7] == sizes[8] == sizes[9]  # 49 edits and more
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_margins_tell_which_tokens_the_edits_answer(start: Start, facts: Facts, case: str) -> None:
+    session = start(case, **EASY)
+    ids = [torch.tensor(session.tokenizer(text)["input_ids"]) for text in [*prompts(facts, MORE), *OTHER[:3]]]
+    assert all(session.margins(row).eq(-torch.inf).all() for row in ids)  # nothing is edited yet
+    session.edit(facts)
+    told = [session.margins(row) for row in ids]
+    before = photograph(session.model)
+    for row, margins in zip(ids, told, strict=True):
+        opened = open_tokens(session, lambda row=row: session.model(input_ids=row[None]))
+        assert (margins >= 1).tolist() == torch.stack([open_[0] for open_ in opened]).any(0).tolist()
+    assert any((margins >= 1).any() for margins in told)
+    assert photograph(session.model) == before
+
+
 @ZSCORE
 def test_memory_does_not_grow_with_the_number_of_edits(start: Start, facts: Facts) -> None:
     session = start()

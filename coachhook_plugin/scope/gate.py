@@ -24,6 +24,10 @@ class Gate(PreciseBuffers, ABC):
             change: gives Delta k (..., d), for rules that need it.
         """
 
+    def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """(...): each token's score over what is asked of it, 1 and more in scope; None: decided at another layer."""
+        return None
+
     def __call__(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         return self.forward(key, change)  # typed, and without the hooks of a module
 

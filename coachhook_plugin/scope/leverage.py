@@ -67,15 +67,17 @@ class LeverageGate(Gate):
         self.register_buffer("threshold", whiten.new_tensor(torch.inf))
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        self._decision.open = (self.margin(key, change) >= 1).unsqueeze(-1)
+        return self._decision.open
+
+    def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
         wide = torch.promote_types(key.dtype, torch.float32)
         explained, whole = (
             torch.linalg.vector_norm(F.linear(key, self.in_dtype(name, key.dtype)), dim=-1, dtype=wide)
             for name in ("explain", "whiten")
         )
-        # Without the division a zero key is outside, not NaN.
-        open_ = (explained.square() >= self.threshold * whole.square()) & (whole > 0)
-        self._decision.open = open_.unsqueeze(-1)
-        return self._decision.open
+        share: torch.Tensor = (explained / whole.clamp(min=torch.finfo(wide).tiny)).square()  # 0 for a zero key
+        return share / self.threshold
 
     def extra_repr(self) -> str:
         return f"scope=leverage, threshold={self.threshold.item():.3f}, rank={len(self.explain)}"

@@ -125,6 +125,12 @@ class ZScoreGate(Gate):
             self.observer(norms, mask)
         return in_scope(norms, mask, self.alpha, self.ratio).view(*key.shape[:-1], 1)
 
+    def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
+        mask = self._tokens.of(key)  # (b, T)
+        norms = torch.linalg.vector_norm(change().float(), dim=-1).view(mask.shape)
+        asked = torch.minimum(self.alpha, self.ratio * ceiling(mask.sum(-1, keepdim=True)))  # (b, 1)
+        return (z_scores(norms, mask) / asked.clamp(min=1e-9)).view(key.shape[:-1])
+
     def extra_repr(self) -> str:
         return f"scope=zscore, alpha={self.alpha.item():.3f}"
 
