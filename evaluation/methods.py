@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import importlib
+import io
 import logging
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import yaml
 from torch import nn
 
 import coachhook_plugin  # noqa: F401  (makes CoachHooK one of the toolkit's methods)
-from coachhook_plugin.architectures import model_parts
+from coachhook_plugin.architectures import ModelParts, model_parts
 from coachhook_plugin.cache import cache_dir
 from coachhook_plugin.fingerprint import model_fingerprint
 from coachhook_plugin.hparams import SMALL_MODEL, CoachHooKHparams
@@ -21,6 +26,7 @@ from coachhook_plugin.shipped import shipped_hparams
 from coachhook_plugin.smollm2 import smollm2_path
 from coachhook_plugin.statistics import key_statistics, save_statistics, toolkit_paths
 from coachhook_plugin.toolkit import import_easyeditor
+from coachhook_plugin.toolkit.release import as_cuda
 from coachhook_plugin.trace import frozen
 
 from .data import Record
@@ -60,15 +66,24 @@ class ToolkitMethod:
         self.model: nn.Module = self._editor.model
         self.tokenizer: Any = self._editor.tok
 
+    @property
+    def hparams(self) -> Any:
+        """The method's own hyperparameters."""
+        return self._editor.hparams
+
     def prepare(self) -> None:
         """The statistics are laid ready by `build`."""
 
     def edit(self, records: Sequence[Record]) -> None:
+        self.edit_requests([record.request() for record in records])
+
+    def edit_requests(self, requests: list[dict[str, Any]]) -> None:
+        """Write one batch on top of all earlier ones."""
         with self._quiet():
             self.model, _ = self._editor.apply_algo(
                 self.model,
                 self.tokenizer,
-                [record.request() for record in records],
+                requests,
                 self._editor.hparams,
                 copy=False,
                 return_orig_weights=True,
@@ -135,3 +150,41 @@ def _share_statistics(method: ToolkitMethod, ours: CoachHooKHparams, theirs: Any
     for layer, statistics in found.items():
         for path in toolkit_paths(method.model, parts, layer, named):
             save_statistics(path, statistics, theirs.mom2_n_samples)
+
+
+def toolkit_statistics(
+    model: Any, tokenizer: Any, parts: ModelParts, hparams: CoachHooKHparams, texts: Sequence[str]
+) -> tuple[float, int]:
+    """Collect the key statistics of every edited layer with the toolkit's own function.
+
+    Returns:
+        Seconds, and the number of keys it counted at each layer.
+    """
+    import_easyeditor()
+    module: Any = importlib.import_module("easyeditor.models.rome.layer_stats")
+    presented = copy.copy(hparams)
+    seconds, counts = 0.0, set()
+    given, module.load_dataset = module.load_dataset, lambda *_: {"train": [{"text": text} for text in texts]}
+    try:
+        with tempfile.TemporaryDirectory() as folder, as_cuda(presented), contextlib.redirect_stdout(io.StringIO()):
+            for layer in parts.projections:
+                started = time.perf_counter()
+                found = module.layer_stats(
+                    model,
+                    tokenizer,
+                    parts.names.projection.format(layer),
+                    folder,
+                    "wikipedia",
+                    to_collect=["mom2"],
+                    model_name=f"layer-{layer}",
+                    sample_size=len(texts),
+                    precision="float32",
+                    progress=lambda loader, **_: loader,
+                    hparams=presented,
+                )
+                seconds += time.perf_counter() - started
+                counts.add(int(found.mom2.count))
+    finally:
+        module.load_dataset = given
+    (count,) = counts
+    return seconds, count

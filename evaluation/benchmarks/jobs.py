@@ -1,0 +1,158 @@
+"""What one process of the benchmarks measures. Every job returns plain numbers; time is wall clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from coachhook_plugin import CoachHooKHparams, EditSession
+from coachhook_plugin.architectures import model_parts
+from coachhook_plugin.statistics import collect
+from coachhook_plugin.text import text_source
+from coachhook_plugin.trace import frozen
+
+from ..data import load_facts
+from ..protocol import peak_megabytes
+
+# Neither stop test fires: every request takes all its steps.
+ALL_STEPS = {"v_loss_threshold": 0.0, "v_nll_threshold": 0.0}
+
+Job = Callable[..., dict[str, Any]]
+
+
+def _requests(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """`count` of the shipped facts, from the `first` on, in an order that mixes relations."""
+    facts = load_facts()
+    step = 7  # no divisor of their number
+    return [facts[(first + i) * step % len(facts)].request() for i in range(count)]
+
+
+def _session(model_name: str, **changes: Any) -> EditSession:
+    """A session that is ready to edit: statistics read, contexts sampled."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hparams = dataclasses.replace(CoachHooKHparams.from_hparams(model_name), **changes)
+    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype=torch.float32)
+    session = EditSession(
+        model.to(hparams.torch_device()), AutoTokenizer.from_pretrained(hparams.model_name), hparams, progress=False
+    )
+    _ = session.state, session.prefixes
+    return session
+
+
+def edits(model_name: str, count: int, steps: int | None = None) -> dict[str, Any]:
+    """Seconds for one batch by CoachHooK, with the default settings or exactly `steps` of the paper's size."""
+    changes = {} if steps is None else {"v_num_grad_steps": steps, "v_lr": 0.5, **ALL_STEPS}
+    session = _session(model_name, **changes)
+    start = session.state
+    session.edit(_requests(1, first=count))  # threads, kernels and allocator warm up
+    session.restore(start)
+    result = session.edit(_requests(count))
+    return {"seconds": result.seconds, "steps": result.steps, "peak_megabytes": peak_megabytes()}
+
+
+def memit(model_name: str, count: int, steps: int) -> dict[str, Any]:
+    """Seconds for one batch by the toolkit's MEMIT, statistics laid ready and contexts sampled beforehand."""
+    from ..methods import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        method: Any = build("memit", model_name, Path(folder))
+        method.hparams.v_num_grad_steps = steps
+        method.edit_requests(_requests(1, first=count))
+        started = time.perf_counter()
+        method.edit_requests(_requests(count))
+        return {"seconds": time.perf_counter() - started, "peak_megabytes": peak_megabytes()}
+
+
+def consecutive(model_name: str, batches: int, size: int) -> dict[str, Any]:
+    """Seconds of every batch, all of the same requests and with all steps, so that each does the same work."""
+    session = _session(model_name, v_num_grad_steps=4, **ALL_STEPS)
+    start = session.state
+    session.edit(_requests(size))
+    session.restore(start)
+    return {"seconds": [session.edit(_requests(size)).seconds for _ in range(batches)]}
+
+
+def key_statistics(model_name: str, tokens: int) -> dict[str, Any]:
+    """Seconds for the key statistics of all edited layers over equal tokens, ours and the toolkit's."""
+    from ..methods import toolkit_statistics
+
+    session = _session(model_name)
+    hparams, model, tokenizer = session.hparams, session.model, session.tokenizer
+    parts = model_parts(model, hparams)
+    wide = dataclasses.replace(hparams, mom2_key_multiple=tokens / 1536)
+    source = text_source(model, tokenizer, wide, 1536, session.device)
+    rows = torch.cat([source.batch(i) for i in range(source.batches)])
+    with frozen(model):
+        started = time.perf_counter()
+        found = collect(model, parts.projections, source, progress=False)
+        ours = time.perf_counter() - started
+        texts = [tokenizer.decode(row) for row in rows]
+        theirs, count = toolkit_statistics(model, tokenizer, parts, hparams, texts)
+    return {"ours": ours, "toolkit": theirs, "tokens": next(iter(found.values())).count, "toolkit_tokens": count}
+
+
+def inference(model_name: str, repeats: int) -> dict[str, Any]:
+    """Seconds of a forward pass over 8 x 256 tokens and of a cached decoding step, with and without hook layers."""
+    session = _session(model_name)
+    session.edit(_requests(10))
+    model: Any = session.model
+    held = Path(__file__).parent.parent / "facts" / "held_text.txt"
+    ids = torch.tensor(session.tokenizer(held.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    rows = ids.repeat(-(-8 * 256 // len(ids)))[: 8 * 256].view(8, 256).to(session.device)
+
+    @torch.no_grad()
+    def forward() -> float:
+        started = time.perf_counter()
+        model(input_ids=rows, use_cache=False)
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def decode(steps: int = 32) -> float:
+        past = model(input_ids=rows[:1, :64], use_cache=True).past_key_values
+        started = time.perf_counter()
+        for at in range(steps):
+            past = model(input_ids=rows[:1, 64 + at : 65 + at], past_key_values=past, use_cache=True).past_key_values
+        return (time.perf_counter() - started) / steps
+
+    found: dict[str, list[float]] = {name: [] for name in ("forward", "forward_base", "decode", "decode_base")}
+    for measure in (forward, decode):
+        measure()
+        for _ in range(repeats):
+            found[measure.__name__].append(measure())
+            with session.disabled():
+                found[f"{measure.__name__}_base"].append(measure())
+    kept = session.kept_bytes() / 2**20
+    return {**found, "kept_megabytes": kept}
+
+
+def arithmetic(model_name: str, count: int) -> dict[str, Any]:
+    """Operations that one batch takes, and the rate at which this machine multiplies matrices of a like shape."""
+    session = _session(model_name)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        seconds = session.edit(_requests(count)).seconds
+    d, m = session.state.layers[session.hparams.layers[0]].delta.shape
+    one, other = torch.randn(512, d), torch.randn(d, m)
+    rates = []
+    for _ in range(7):
+        started = time.perf_counter()
+        for _ in range(20):
+            one @ other
+        rates.append(20 * 2 * 512 * d * m / (time.perf_counter() - started))
+    gc.collect()
+    return {"operations": counter.get_total_flops(), "rate": statistics.median(rates), "seconds_counted": seconds}
+
+
+JOBS: dict[str, Job] = {
+    job.__name__: job for job in (edits, memit, consecutive, key_statistics, inference, arithmetic)
+}

@@ -1,0 +1,77 @@
+"""The benchmarks as a table and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+# figure: (what it is, the bar it shall reach, whether more is better)
+BARS: dict[str, tuple[str, float, bool]] = {
+    "edit_speedup_equal_steps": ("toolkit's MEMIT / ours, equal steps", 6, True),
+    "edit_speedup_vs_toolkit_memit": ("toolkit's MEMIT / ours, default settings", 10, True),
+    "statistics_speedup_vs_toolkit": ("toolkit's statistics / ours", 8, True),
+    "forward_overhead": ("forward pass with hooks / without", 1.05, False),
+    "decode_overhead": ("decoding step with hooks / without", 1.05, False),
+    "batch50_over_batch1": ("50th batch / 1st", 1.1, False),
+    "peak_memory_100_over_10": ("peak memory of 100 edits / of 10", 1.5, False),
+}
+GOOD, SHORT, GREY = "#1b6ca8", "#c8553d", "#c9ccd1"
+
+
+def reached(name: str, value: float) -> bool:
+    """Whether a figure is on the right side of its bar."""
+    _, bar, more = BARS[name]
+    return value >= bar if more else value <= bar
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Every ratio beside its bar."""
+    table = Table(title="Benchmarks")
+    for name in ("ratio", "measured", "bar", ""):
+        table.add_column(name, justify="left" if name == "ratio" else "right")
+    for name, (label, bar, more) in BARS.items():
+        if name in figures:
+            verdict = "reached" if reached(name, figures[name]) else "short"
+            table.add_row(label, f"{figures[name]:.2f}", f"{'≥' if more else '≤'} {bar:g}", verdict)
+    console.print(table)
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Speedups, overheads, edits per second by batch size and seconds by batch."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ((speed, over), (sizes, batches)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    for axis, more, title in ((speed, True, "Times as fast as the toolkit"), (over, False, "Cost ratios")):
+        names = [name for name, (_, _, better) in BARS.items() if better is more and name in figures]
+        for place, name in enumerate(reversed(names)):
+            value, bar = figures[name], BARS[name][1]
+            axis.barh(place, value, 0.55, color=GOOD if reached(name, value) else SHORT)
+            axis.plot([bar, bar], [place - 0.38, place + 0.38], color="#333333", linewidth=1.5)
+            axis.text(max(value, bar), place, f" {value:.2f}", va="center", fontsize=9)
+        axis.set_yticks(
+            range(len(names)), [BARS[name][0].replace(" / ", " /\n") for name in reversed(names)], fontsize=8
+        )
+        axis.set_title(f"{title} (line: the bar set)", loc="left", fontsize=10)
+        axis.margins(x=0.15)
+    if "edits_per_second" in figures:
+        rates = {int(size): rate for size, rate in figures["edits_per_second"].items()}
+        sizes.bar(range(len(rates)), rates.values(), 0.55, color=GOOD)
+        sizes.axhline(1 / figures["seconds_per_edit"]["toolkit_memit"], color="#e08e45", label="toolkit's MEMIT")
+        sizes.set_xticks(range(len(rates)), [str(size) for size in rates])
+        sizes.set(xlabel="edits in a batch")
+        sizes.set_title("Edits per second", loc="left", fontsize=10)
+        sizes.legend(frameon=False, fontsize=8)
+    if "raw_batches" in figures:
+        seconds = figures["raw_batches"]["seconds"]
+        batches.plot(range(1, len(seconds) + 1), seconds, ".-", color=GOOD)
+        batches.set(xlabel="consecutive batch", ylim=(0, max(seconds) * 1.15))
+        batches.set_title("Seconds per batch (4 steps, the same 10 facts)", loc="left", fontsize=10)
+    for axis in (speed, over, sizes, batches):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
