@@ -154,6 +154,11 @@ def weight_shape(projection: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_transposed(projection) else (rows, columns)
 
 
+def key_size(parts: ModelParts) -> int:
+    """m: the length of a key, the largest of all edited layers."""
+    return max(weight_shape(projection)[1] for projection in parts.projections.values())
+
+
 def is_transposed(projection: nn.Module) -> bool:
     """GPT-2's Conv1D stores its weight as (m, d)."""
     return isinstance(projection, Conv1D)

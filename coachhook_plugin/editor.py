@@ -103,7 +103,7 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
         retention: dict[int, list[dict[str, Any]]] = {}
         done = 0
         for batch in tqdm(batches, desc="batches", **bars):
-            results.append(session.edit(batch))
+            results.append(session.edit(batch, first=done))
             for metric in metrics[done : done + len(batch)]:
                 metric["time"] = results[-1].seconds
             done += len(batch)

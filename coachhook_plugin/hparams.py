@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import types
 import typing
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 import yaml
 
 from .shipped import shipped_hparams, shipped_names
+
+LOG = logging.getLogger(__name__)
 
 SMALL_MODEL = "smollm2-135m"  # a model name that stands for the folder made by `smollm2.smollm2_path`
 
@@ -58,7 +61,7 @@ class CoachHooKHparams:
     mom2_dataset: str = "self"  # "self": text sampled from the model; else a text file or a data set's name
     mom2_n_samples: int | None = None  # documents read from a data set, and part of the toolkit's file name
     mom2_dtype: Literal["float16", "float32", "float64"] = "float32"
-    mom2_key_multiple: float = 10.0  # keys collected per key dimension from "self" or a text file
+    mom2_key_multiple: float = 10.0  # keys collected per key dimension, at most
     stats_dir: str | None = None  # folder with the toolkit's *_mom2*.npz files
     accumulate: bool = True  # off: every batch sees lambda C0 alone, as MEMIT does
 
@@ -107,6 +110,8 @@ class CoachHooKHparams:
             raise ValueError(f"short_prompt_ratio is {self.short_prompt_ratio}; it must lie in (0, 1]")
         if not self.mom2_adjustment:
             raise ValueError("mom2_adjustment is false; CoachHooK has no update without the key covariance")
+        if self.use_hooks and self.scope == "leverage" and not self.dynamic_alpha:
+            LOG.warning("dynamic_alpha is false, but scope: leverage has no alpha; the ablation needs scope: zscore")
         self.torch_device()
 
     @classmethod

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+NOT_POSITIVE = "the key covariance is not positive definite; collect more keys (mom2_key_multiple) or check the file"
+
 
 @dataclass(frozen=True)
 class KeyMemory:
@@ -35,9 +37,7 @@ class KeyMemory:
             ridge = 1e-6 * total.diagonal().mean()
             factor, info = torch.linalg.cholesky_ex(total + ridge * torch.eye(len(total)).to(total))
         if info.item() != 0:
-            raise ValueError(
-                "the key covariance is not positive definite; collect more keys (mom2_key_multiple) or check the file"
-            )
+            raise ValueError(NOT_POSITIVE)
         return torch.cholesky_solve(keys, factor)
 
     def remembering(self, keys: torch.Tensor) -> KeyMemory:

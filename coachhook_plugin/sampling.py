@@ -34,7 +34,7 @@ def sample(
     while ids.shape[1] < length:
         step = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
         cache = None if isinstance(step.past_key_values, _FULL) else step.past_key_values
-        logits = step.logits[:, -1].double().cpu()  # (b, V)
+        logits = step.logits[:, -1].cpu().double()  # (b, V)
         if banned:
             logits[:, banned] = -torch.inf
         if top_k is not None:

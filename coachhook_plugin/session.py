@@ -11,9 +11,11 @@ Usage::
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from torch import nn
 
 from . import memory, statistics
 from .activations import subject_keys, subject_values
-from .architectures import context_length, model_parts
+from .architectures import context_length, key_size, model_parts, weight_shape
 from .hook import HookLayer, Mode
 from .hparams import CoachHooKHparams
 from .in_place import InPlaceLayer
@@ -32,6 +34,7 @@ from .sampling import context_prefixes
 from .scope import LeverageScope, Scope, ScopeState, Thresholds, ZScoreGate, ZScoreScope
 from .tail import Comparison
 from .target import Targets, optimise_targets
+from .text import TextSource, text_source
 from .tokens import Encoder, Request, micro_batches, parse_requests
 from .trace import captured, frozen
 
@@ -66,6 +69,7 @@ class EditResult:
     nll: list[float]  # mean NLL of each target with its target value in place
     steps: list[int]  # evaluations of the objective
     scope: ScopeState  # after the batch
+    in_scope: list[bool]  # whether the plain prompt's subject opens the scope; where not, it keeps its old answer
     seconds: float
 
 
@@ -152,7 +156,8 @@ class EditSession:
             for layer in self._hooks
         ]
         try:
-            with frozen(self.model):
+            last = self._parts.projections[self.hparams.layers[-1]]
+            with frozen(self.model), captured(last, stop=True):
                 self.model(input_ids=ids[None].to(self.device), use_cache=False)
         finally:
             for handle in handles:
@@ -165,19 +170,22 @@ class EditSession:
 
     def kept_bytes(self) -> int:
         """Memory held for the edits, beside the model's own weights; bounded, however many they are."""
-        holders = [self._scope, self._scope and self.state.scope, *self.state.layers.values()]
+        state = self.state
+        holders = [self._scope, state.scope, *state.layers.values()]
         tensors = [value for holder in holders if holder is not None for value in vars(holder).values()]
-        tensors += [state.memory.matrix for state in self.state.layers.values()]
+        tensors += [layer.memory.matrix for layer in state.layers.values()]
         tensors += [buffer for hook in self._hooks.values() for buffer in hook.buffers()]
         tensors += [written.original for written in self._written.values()]
         stored = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
         return sum(stored.values())
 
-    def edit(self, requests: Iterable[Mapping[str, Any] | Request]) -> EditResult:
+    @torch.inference_mode(False)  # whatever the caller is in: targets need gradients
+    def edit(self, requests: Iterable[Mapping[str, Any] | Request], first: int = 0) -> EditResult:
         """Write one batch of facts (paper, algorithm 1). It lands whole or not at all.
 
         Args:
             requests: mappings with `prompt` (naming the subject once), `subject` and `target_new`.
+            first: place of the batch in a longer list, from which messages count.
 
         Raises:
             ValueError, KeyError: a request cannot be edited (the message names it), or the session was detached.
@@ -185,12 +193,13 @@ class EditSession:
         """
         started = time.perf_counter()
         self._check_living()
-        parsed = self.check(requests)
+        parsed = self.check(requests, first)
         before = self.state
         try:
             self._attach()
             with frozen(self.model):
-                targets, layers, scope = self._written_batch(parsed)
+                targets, layers, scope = self._written_batch(parsed, first)
+                in_scope = self._in_scope(parsed, first)
             self._state = SessionState(layers, scope, before.edits + len(parsed), before.batches + 1)
         except BaseException:
             self.restore(before)
@@ -200,6 +209,7 @@ class EditSession:
             nll=targets.nll,
             steps=targets.steps,
             scope=scope,
+            in_scope=in_scope,
             seconds=time.perf_counter() - started,
         )
 
@@ -216,6 +226,11 @@ class EditSession:
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
         self._check_living()
+        shapes = {layer: weight_shape(projection) for layer, projection in self._parts.projections.items()}
+        if {layer: tuple(of.delta.shape) for layer, of in state.layers.items()} != shapes:
+            raise ValueError(
+                f"state: is that of a session on other layers or another model; give a `state` of {self!r} itself"
+            )
         self._state = state
         if not state.edits:
             self._release()
@@ -255,7 +270,7 @@ class EditSession:
         if EditSession.of(self.model) is not self:
             raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
 
-    def _written_batch(self, requests: list[Request]) -> tuple[Targets, dict[int, LayerState], ScopeState]:
+    def _written_batch(self, requests: list[Request], first: int) -> tuple[Targets, dict[int, LayerState], ScopeState]:
         """The three steps of one batch; returns the targets, and the new state of every layer and of the scope."""
         layers, scope = dict(self.state.layers), self.state.scope
         self._set_mode(Mode.VALIDATED)
@@ -269,6 +284,7 @@ class EditSession:
             self.device,
             self.progress,
             self._comparison,
+            first,
         )
         self._set_mode(Mode.TEMPORARY)
         for i, layer in enumerate(self.hparams.layers):
@@ -282,6 +298,31 @@ class EditSession:
                 scope = self._scope.after_write(layer, scope, *self._norms(layer, requests))
                 self._show_scope(scope)
         return targets, layers, scope
+
+    def _in_scope(self, requests: list[Request], first: int) -> list[bool]:
+        """Whether each plain prompt's subject opens the scope, now that the batch is written; the others are told."""
+        if self._scope is None:
+            return [True] * len(requests)
+        found = []
+        for i, request in enumerate(requests, first):
+            row = self._encoder.prompt("", request)
+            found.append(bool(self.margins(torch.tensor(row.ids))[row.subject] >= 1))
+            if not found[-1]:
+                why = (
+                    "it is the very first token of the text, which looks like every other first token; put a word "
+                    "before it"
+                    if row.subject == 0
+                    else "too much other text looks like it; raise scope_budget, or name the subject more fully"
+                )
+                LOG.warning(
+                    "request %d, subject: %r lies outside the editing scope in %r, which therefore keeps its old "
+                    "answer: %s",
+                    i,
+                    request.subject,
+                    request.prompt,
+                    why,
+                )
+        return found
 
     def _keys(self, layer: int, requests: list[Request]) -> torch.Tensor:
         """(u, contexts, m)"""
@@ -312,7 +353,10 @@ class EditSession:
         keys = memory.context_mean(keys).T.to(state.memory.matrix.device)  # (m, u)
         change = memory.update(residual.to(keys.device), state.memory.coefficients(keys))  # (d, m)
         if not change.isfinite().all():
-            raise ValueError(f"the update of layer {layer} is not finite; nothing was written")
+            raise ValueError(
+                f"the update of layer {layer} is not finite, and nothing was written; raise mom2_update_weight, or "
+                "load the model in a wider dtype"
+            )
         delta = (memory.working_precision(state.delta) + change.to(state.delta.device)).float()
         remembered = state.memory.remembering(keys) if self.hparams.accumulate else state.memory
         state = LayerState(delta, remembered)
@@ -348,26 +392,27 @@ class EditSession:
 
     def _initial_state(self) -> SessionState:
         with self.disabled(), frozen(self.model):
-            found = statistics.key_statistics(
-                self.model, self._parts, self.tokenizer, self.hparams, self.device, self.progress
-            )
+            size = key_size(self._parts)
+            # Read or written once, and only if somebody asks for it.
+            text = functools.cache(lambda: text_source(self.model, self.tokenizer, self.hparams, size, self.device))
+            found = statistics.key_statistics(self.model, self._parts, self.hparams, text, self.progress)
             layers = {}
             for layer, projection in self._parts.projections.items():
-                covariance = found[layer].covariance().to(_device_of(projection))
+                covariance = _moved(found[layer].covariance(), projection)
                 layers[layer] = LayerState(
                     delta=torch.zeros(self._parts.hidden_size, len(covariance), device=covariance.device),
                     memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
                 )
-            self._scope = self._new_scope(found) if self.hparams.use_hooks else None
+            self._scope = self._new_scope(found, text) if self.hparams.use_hooks else None
         return SessionState(layers, None if self._scope is None else self._scope.initial())
 
-    def _new_scope(self, found: dict[int, statistics.KeyStatistics]) -> Scope:
+    def _new_scope(self, found: dict[int, statistics.KeyStatistics], text: Callable[[], TextSource]) -> Scope:
         hparams, first = self.hparams, self.hparams.layers[0]
         if hparams.scope == "zscore":
             start = Thresholds(hparams.alpha, hparams.short_prompt_ratio)
             return ZScoreScope(self.model, hparams.layers, start, hparams.dynamic_alpha)
-        sample = statistics.pre_training_keys(self.model, self._parts, first, self.tokenizer, hparams, self.device)
-        c0 = found[first].covariance().to(_device_of(self._parts.projections[first]))
+        sample = statistics.pre_training_keys(self.model, self._parts, first, text())
+        c0 = _moved(found[first].covariance(), self._parts.projections[first])
         return LeverageScope(hparams.layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _attach(self) -> None:
@@ -379,6 +424,8 @@ class EditSession:
         self._scope.attach()
         for layer, projection in self._parts.projections.items():
             self._hooks[layer] = HookLayer(projection, self._scope.gate(layer))
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled before does not look for new hooks
         self._show_scope(self.state.scope)
 
     def _release(self) -> None:
@@ -408,7 +455,8 @@ class EditSession:
             hook.mode = mode
 
 
-def _device_of(projection: nn.Module) -> torch.device:
+def _moved(matrix: torch.Tensor, projection: nn.Module) -> torch.Tensor:
+    """A float64 matrix where the projection's weight is, as wide as that device has it."""
     weight = projection.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.device
+    return (matrix.float() if weight.device.type == "mps" else matrix).to(weight.device)

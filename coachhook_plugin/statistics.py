@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from .cache import cache_dir, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
 from .memory import working_precision
-from .text import TextSource, text_source
+from .text import TextSource
 from .trace import captured
 
 LOG = logging.getLogger(__name__)
@@ -57,12 +57,14 @@ class KeyStatistics:
 def key_statistics(
     model: nn.Module,
     parts: ModelParts,
-    tokenizer: Any,
     hparams: CoachHooKHparams,
-    device: torch.device,
+    text: Callable[[], TextSource],
     progress: bool = True,
 ) -> dict[int, KeyStatistics]:
     """Find or collect the statistics of every edited layer. The model must be unedited and frozen.
+
+    Args:
+        text: gives the text to collect from; asked only where no file is there.
 
     Raises:
         ValueError: a file in the toolkit's format that is damaged or belongs to another model.
@@ -74,10 +76,7 @@ def key_statistics(
             found[layer] = load_statistics(path, weight_shape(projection)[1])
     wanted = [layer for layer in parts.projections if layer not in found]
     if wanted:
-        source = text_source(
-            model, tokenizer, hparams, max(weight_shape(parts.projections[i])[1] for i in wanted), device
-        )
-        found |= _cached(model, parts, wanted, source, progress)
+        found |= _cached(model, parts, wanted, text(), progress)
     return {layer: found[layer] for layer in parts.projections}
 
 
@@ -86,14 +85,12 @@ def pre_training_keys(
     model: nn.Module,
     parts: ModelParts,
     layer: int,
-    tokenizer: Any,
-    hparams: CoachHooKHparams,
-    device: torch.device,
+    source: TextSource,
     count: int = SAMPLE,
 ) -> torch.Tensor:
     """(n, m): the first `count` pre-training keys of one edited layer, or all there are. For a model as above."""
     projection = parts.projections[layer]
-    source = text_source(model, tokenizer, hparams, weight_shape(projection)[1], device)
+    device = next(model.parameters()).device
     keys: list[torch.Tensor] = []
     for index in range(source.batches):
         ids = source.batch(index).to(device)
@@ -205,10 +202,7 @@ def collect(
     An interrupted pass goes on from `checkpoint`, which is written about once a minute.
     """
     device = next(model.parameters()).device
-    totals = {
-        layer: working_precision(torch.zeros(size, size, device=device))
-        for layer, size in ((layer, weight_shape(projection)[1]) for layer, projection in projections.items())
-    }
+    totals = {layer: _no_keys(projection) for layer, projection in projections.items()}
     start, count = _resume(checkpoint, totals)
     last = max(projections)
     written = time.monotonic()
@@ -236,6 +230,12 @@ def collect(
             _save_checkpoint(checkpoint, totals, index + 1, count)
             written = time.monotonic()
     return {layer: KeyStatistics(total, count) for layer, total in totals.items()}
+
+
+def _no_keys(projection: nn.Module) -> torch.Tensor:
+    weight, size = projection.weight, weight_shape(projection)[1]
+    assert isinstance(weight, torch.Tensor)
+    return working_precision(torch.zeros(size, size, device=weight.device))
 
 
 def _add(total: torch.Tensor, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

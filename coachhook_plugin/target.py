@@ -76,11 +76,13 @@ def optimise_targets(
     device: torch.device,
     progress: bool = True,
     comparison: Comparison | None = None,
+    first: int = 0,
 ) -> Targets:
     """Find the target value of every request. The model's parameters must not require gradients.
 
     Args:
         comparison: see `tail.cut`.
+        first: place of the batch in a longer list, from which messages count.
 
     Raises:
         ValueError: the objective of a request is not finite.
@@ -95,7 +97,7 @@ def optimise_targets(
     with bar:
         for chunk in chunks:
             problem = _problem(encoder, [rows[i] for i in chunk], device)
-            names = [f"request {i} ({requests[i].prompt!r})" for i in chunk]
+            names = [f"request {first + i} ({requests[i].prompt!r})" for i in chunk]
             solved = _solve(model, parts, problem, names, hparams, bar, comparison)
             values.append(solved.values)
             nll += solved.nll
@@ -230,7 +232,10 @@ def _objective(
     """(u,) each: the group's share of every request's NLL (mean over its tokens and contexts), and of its KL."""
     hidden, rows = group.tail.hidden, torch.arange(len(group.owner), device=group.owner.device)
     added = delta.to(hidden.dtype)[group.owner]  # (g, d)
-    for_loss, for_kl = group.tail(hidden.index_put((rows, group.subject), added, accumulate=True))
+    for_loss, for_kl = (
+        state.to(hidden.device)
+        for state in group.tail(hidden.index_put((rows, group.subject), added, accumulate=True))
+    )
     nll, kl = delta.new_zeros(len(delta)), delta.new_zeros(len(delta))
     if len(group.wanted):
         logits = parts.logits(for_loss[group.predict_row, group.predict_at]).float()  # (p, V)

@@ -126,8 +126,16 @@ def text_source(
     if name != "self":
         path = Path(name).expanduser()
         if path.is_file():
-            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            try:
+                paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"mom2_dataset: {path} is not UTF-8 text ({error}); save it as UTF-8") from None
             return PackedText(paragraphs, name, tokenizer, tokens, length)
+        if path.suffix == ".txt" or path.is_absolute() or name.startswith((".", "~")):
+            raise ValueError(
+                f"mom2_dataset: there is no text file {name!r}; correct the path, or write mom2_dataset: self for "
+                "text sampled from the model"
+            )
         try:
             return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens, length)
         except Exception as error:  # no package, no network, no such data set: all end in the same remedy

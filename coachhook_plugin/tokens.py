@@ -59,6 +59,8 @@ def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: int =
         KeyError: a request lacks `prompt`, `subject` or `target_new`.
         ValueError: anything else that cannot be edited; the message names the request and the field.
     """
+    if isinstance(requests, Mapping | str) or not isinstance(requests, Iterable):
+        raise ValueError(f"requests is a {type(requests).__name__}; give a list of facts, even for one")
     parsed = [_parsed(i, request) for i, request in enumerate(requests, first)]
     if not parsed:
         raise ValueError("requests is empty; give at least one fact to edit")

@@ -24,6 +24,7 @@ from .report import draw, print_samples, print_table, summary, write_metrics
 
 MODEL = "smollm2-135m"
 EDITS, BATCH = 30, 10
+METHODS = ("coachhook", "memit")
 HELD_TEXT = Path(__file__).parent / "facts" / "held_text.txt"
 
 
@@ -35,6 +36,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH, help="default: %(default)s")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = [name for name in options.methods.split(",") if name.strip().lower() not in METHODS]
+    if unknown:
+        parser.error(f"--methods: {', '.join(unknown)} is not known here; choose from {', '.join(METHODS)}")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.worker:
         work(options.worker, options.out.resolve(), options.edits, options.batch_size)

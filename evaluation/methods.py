@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import yaml
 from torch import nn
 
 import coachhook_plugin  # noqa: F401  (makes CoachHooK one of the toolkit's methods)
-from coachhook_plugin.architectures import ModelParts, model_parts
+from coachhook_plugin.architectures import ModelParts, key_size, model_parts
 from coachhook_plugin.cache import cache_dir
 from coachhook_plugin.fingerprint import model_fingerprint
 from coachhook_plugin.hparams import SMALL_MODEL, CoachHooKHparams
 from coachhook_plugin.shipped import shipped_hparams
 from coachhook_plugin.smollm2 import smollm2_path
 from coachhook_plugin.statistics import key_statistics, save_statistics, toolkit_paths
+from coachhook_plugin.text import text_source
 from coachhook_plugin.toolkit import import_easyeditor
 from coachhook_plugin.toolkit.release import as_cuda
 from coachhook_plugin.trace import frozen
@@ -144,7 +146,8 @@ def _share_statistics(method: ToolkitMethod, ours: CoachHooKHparams, theirs: Any
     source = dataclasses.replace(ours, layers=list(theirs.layers))
     parts = model_parts(method.model, source)
     with frozen(method.model):
-        found = key_statistics(method.model, parts, method.tokenizer, source, source.torch_device())
+        text = partial(text_source, method.model, method.tokenizer, source, key_size(parts), source.torch_device())
+        found = key_statistics(method.model, parts, source, text)
     # A folder for each model: the toolkit's file names do not tell models of one name apart.
     theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / model_fingerprint(method.model))
     for layer, statistics in found.items():

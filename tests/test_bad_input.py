@@ -78,7 +78,7 @@ def test_no_requests_at_all_is_an_error(start: Callable[..., EditSession], reque
 
 
 def test_a_single_request_without_its_list_is_an_error(start: Callable[..., EditSession]) -> None:
-    with pytest.raises(ValueError, match="request 0"):
+    with pytest.raises(ValueError, match="give a list of facts"):
         start().edit(GOOD)  # type: ignore[arg-type]
 
 

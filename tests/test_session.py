@@ -625,6 +625,65 @@ def test_generation_in_a_padded_batch_says_what_generation_alone_says(taught: St
     assert said >= len(batch) - 1
 
 
+# --- in company ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_compiled_before_its_first_edit_answers_with_it(start: Start, facts: Facts) -> None:
+    session = start(**EASY)
+    compiled = torch.compile(session.model, backend="eager")
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    with torch.no_grad():
+        base = compiled(input_ids=ids).logits
+        session.edit(facts)
+        edited = session.model(input_ids=ids).logits
+        assert zoo.relative(compiled(input_ids=ids).logits, edited) < 1e-4
+        assert zoo.relative(base, edited) > 0.1
+        session.detach()
+        assert zoo.relative(compiled(input_ids=ids).logits, base) < 1e-4
+
+
+def test_an_edit_inside_inference_mode_is_the_same(start: Start, facts: Facts) -> None:
+    first, second = start(), start()
+    first.edit(facts)
+    with torch.inference_mode():
+        second.edit(facts)
+    assert same(answers(first), answers(second))
+
+
+@LEVERAGE
+def test_a_subject_that_cannot_open_the_scope_is_told_to_the_user(
+    start: Start, facts: Facts, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = start(**EASY, scope_budget=0.001)
+    hidden = {"prompt": "The best dish", "subject": "The", "target_new": "Rome"}  # as every other first "The"
+    result = session.edit([*facts, hidden], first=40)
+    rows = [torch.tensor(session.tokenizer(fact["prompt"])["input_ids"]) for fact in [*facts, hidden]]
+    assert result.in_scope == [bool((session.margins(row) >= 1).any()) for row in rows]
+    assert not result.in_scope[-1]
+    assert f"request {40 + len(facts)}, subject: 'The'" in caplog.text
+    assert "put a word before it" in caplog.text
+
+
+def test_the_state_of_another_session_is_refused_and_nothing_changes(start: Start, facts: Facts) -> None:
+    session, other = start(), start(layers=[0, 3])
+    session.edit(facts)
+    other.edit(facts)
+    before, before_session = photograph(session.model), photograph_session(session)
+    with pytest.raises(ValueError, match="state: is that of a session on other layers"):
+        session.restore(other.state)
+    assert photograph(session.model) == before
+    assert photograph_session(session) == before_session
+    session.edit(MORE)
+
+
+def test_the_memory_held_is_counted_from_the_start(start: Start, facts: Facts) -> None:
+    session = start()
+    empty = session.kept_bytes()
+    assert empty == session.kept_bytes()
+    session.edit(facts)
+    assert session.kept_bytes() > empty > 0
+
+
 # --- whole or not at all ---------------------------------------------------------------------------------------------
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {

@@ -26,7 +26,7 @@ from coachhook_plugin.statistics import (
     save_statistics,
     toolkit_paths,
 )
-from coachhook_plugin.text import ROWS, SampledText
+from coachhook_plugin.text import ROWS, SampledText, text_source
 from coachhook_plugin.trace import captured, frozen
 
 CPU = torch.device("cpu")
@@ -60,7 +60,10 @@ def found(tokenizer: Any, settings: Callable[..., Any]) -> Callable[..., dict[in
     def ask(one: Any, **changed: Any) -> dict[int, KeyStatistics]:
         hparams = settings(**changed)
         with frozen(one):
-            return key_statistics(one, model_parts(one, hparams), tokenizer, hparams, CPU, progress=False)
+            parts = model_parts(one, hparams)
+            return key_statistics(
+                one, parts, hparams, lambda: text_source(one, tokenizer, hparams, M, CPU), progress=False
+            )
 
     return ask
 
@@ -136,7 +139,7 @@ def test_the_scope_is_calibrated_on_the_first_keys_of_the_text(
     one, hparams = tiny(case), settings(layers=[1, 3])
     parts = model_parts(one, hparams)
     with frozen(one):
-        found = pre_training_keys(one, parts, 1, tokenizer, hparams, CPU, count)
+        found = pre_training_keys(one, parts, 1, text_source(one, tokenizer, hparams, M, CPU), count)
     rows = rows_of(tokenizer, long_text)
     expected: list[torch.Tensor] = []  # one row at a time, only as many as needed
     for row in rows[: -(-count // 128)]:
@@ -155,7 +158,8 @@ def test_the_calibration_reads_no_more_text_than_it_needs(
     one, passes = tiny().bfloat16(), []
     one.register_forward_pre_hook(lambda *_: passes.append(1))
     with frozen(one):
-        found = pre_training_keys(one, model_parts(one, settings()), 0, tokenizer, settings(), CPU, ROWS * 128)
+        text = text_source(one, tokenizer, settings(), M, CPU)
+        found = pre_training_keys(one, model_parts(one, settings()), 0, text, ROWS * 128)
     assert len(passes) == 1
     assert found.dtype == torch.float32  # of a model in half precision too
     assert not any(layer.mlp.down_proj._forward_hooks for layer in one.model.layers)

@@ -207,3 +207,20 @@ def test_the_source_that_the_settings_name_is_long_enough(
     count = sum(source.batch(i).numel() for i in range(source.batches))
     assert count >= (20 * 48 if name == "self" else 20 * 48 - 127)  # rows are 128 long here
     assert source.batch(0).shape[1] <= 128
+
+
+@pytest.mark.parametrize("name", ["/no/such/file.txt", "./missing", "~/missing.txt", "missing.txt"])
+def test_a_mistyped_path_is_an_error_and_not_other_text(
+    name: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match="mom2_dataset: there is no text file"):
+        text_source(tiny(), tokenizer, settings(mom2_dataset=name), 48, CPU)
+
+
+def test_a_file_in_another_encoding_is_a_clear_error(
+    tmp_path: Path, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mom2_dataset: .*latin.txt is not UTF-8"):
+        text_source(tiny(), tokenizer, settings(mom2_dataset=str(path)), 48, CPU)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..memory import context_mean, working_precision
+from ..memory import NOT_POSITIVE, context_mean, working_precision
 from .gate import Gate, Scope
 
 WITNESSES = 512  # keys of edited facts that the threshold is taken from
@@ -54,8 +54,9 @@ class Decision:
 class LeverageGate(Gate):
     """Decides at the first edited layer."""
 
+    # Both up to one common factor, see `_scaled`.
     whiten: torch.Tensor  # (m, m): L^-1
-    explain: torch.Tensor  # (r, m): (eps I + Q^T Q)^-1/2 Q^T L^-1
+    explain: torch.Tensor  # (r, m): F L^-1, see `explaining`
     threshold: torch.Tensor  # ()
     growing = frozenset({"explain"})
 
@@ -121,7 +122,7 @@ class LeverageScope(Scope):
         self.first, self.last = layers[0], layers[-1]
         self.budget, self.ridge, self.seed = budget, ridge, seed
         self.whiten = whitening(c0)  # (m, m)
-        self._pre_training = (working_precision(sample).to(self.whiten.device) @ self.whiten.T).float()  # (n, m)
+        self._pre_training = (working_precision(sample.to(self.whiten.device)) @ self.whiten.T).float()  # (n, m)
         self._decision = Decision()
 
     def initial(self) -> LeverageState:
@@ -142,7 +143,7 @@ class LeverageScope(Scope):
             gate.threshold = torch.full_like(gate.threshold, state.threshold)
 
     def after_keys(self, state: LeverageState, keys: torch.Tensor) -> LeverageState:
-        keys = working_precision(keys).to(self.whiten.device)  # (u, c, m)
+        keys = working_precision(keys.to(self.whiten.device))  # (u, c, m)
         white = keys @ self.whiten.T
         mean = context_mean(white)  # (u, m)
         edited = torch.cat([state.edited, F.normalize(mean, dim=-1).T], dim=1)  # (m, r + u)
@@ -177,7 +178,9 @@ def whitening(c0: torch.Tensor) -> torch.Tensor:
     """L^-1 (m, m) with L L^T = C0 + a small ridge: the map to coordinates where pre-training keys are white."""
     c0 = working_precision(c0)
     identity = torch.eye(len(c0)).to(c0)
-    factor = torch.linalg.cholesky(c0 + SHRINKAGE * c0.diagonal().mean() * identity)
+    factor, info = torch.linalg.cholesky_ex(c0 + SHRINKAGE * c0.diagonal().mean() * identity)
+    if info.item() != 0:
+        raise ValueError(NOT_POSITIVE)
     white: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     return white
 

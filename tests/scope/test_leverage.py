@@ -485,3 +485,8 @@ def test_the_state_shown_is_the_one_decided_by() -> None:
     for number in (1, 2, 0, 1):
         scope.show(3, gate, states[number])
         assert [bits(tensor) for tensor in gate.state_dict().values()] == seen[number]
+
+
+def test_a_covariance_that_is_none_ends_in_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="not positive definite"):
+        whitening(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
