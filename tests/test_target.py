@@ -204,12 +204,13 @@ def test_memory_budget_and_batch_mates_change_no_target(
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize("scope", ["leverage", "zscore"])
 def test_later_batches_take_the_earlier_edits_into_account(
-    case: str, start: Callable[..., EditSession], settings: Callable[..., Any], tokenizer: Any
+    case: str, scope: str, start: Callable[..., EditSession], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
-    session = start(case, mom2_update_weight=0.1, alpha=0.5)
+    session = start(case, mom2_update_weight=0.1, scope=scope, alpha=0.5, scope_budget=0.25)
     base = found(session.model, tokenizer, FACTS, settings()).values
-    session.edit(zoo.FACTS[:1])
+    session.edit(FACTS[:1])
     together = assert_as_plain(session.model, tokenizer, FACTS, settings())
     assert zoo.relative(together.values, base) > 1e-3, "the first batch is not in force here"
 
