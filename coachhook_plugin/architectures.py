@@ -128,7 +128,7 @@ def model_parts(model: nn.Module, hparams: CoachHooKHparams) -> ModelParts:
             f"v_loss_layer is {hparams.v_loss_layer}; expected a block from the last edited layer "
             f"({hparams.layers[-1]}) to {len(blocks) - 1}"
         )
-    projections = {layer: _module(model, names.projection.format(layer)) for layer in hparams.layers}
+    projections = {layer: _module(model, names.projection.format(layer)) for layer in hparams.edited_layers}
     for layer, projection in projections.items():
         if not isinstance(projection, nn.Linear | Conv1D):
             raise ValueError(

@@ -64,6 +64,9 @@ class CoachHooKHparams:
     mom2_key_multiple: float = 10.0  # keys collected per key dimension, at most
     stats_dir: str | None = None  # folder with the toolkit's *_mom2*.npz files
     accumulate: bool = True  # off: every batch sees lambda C0 alone, as MEMIT does
+    # How the residual is spread. mean: an equal share for every layer (paper). boundary: the first and the last layer
+    # alone, each towards a target of its own and without division (BLUE, arXiv 2502.03748).
+    spread: Literal["mean", "boundary"] = "mean"
 
     # Hook layers and their scope.
     use_hooks: bool = True  # off: weights are written in place
@@ -151,6 +154,11 @@ class CoachHooKHparams:
 
             config["model_name"] = smollm2_path()
         return cls(**config)
+
+    @property
+    def edited_layers(self) -> list[int]:
+        """The blocks that are written: all of `layers`, or with `spread: boundary` the first and the last."""
+        return self.layers if self.spread == "mean" else sorted({self.layers[0], self.layers[-1]})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain mapping (what `from_dict` takes)."""

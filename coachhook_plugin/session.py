@@ -15,7 +15,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +92,7 @@ class EditSession:
         self.model, self.tokenizer, self.hparams = model, tokenizer, hparams
         self.progress = progress
         self._parts = model_parts(model, hparams)
+        self._layers = hparams.edited_layers
         self._encoder = Encoder(tokenizer, context_length(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._state: SessionState | None = None  # None until the key statistics are there
@@ -117,7 +118,7 @@ class EditSession:
     def __repr__(self) -> str:
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         batches = 0 if self._state is None else self._state.batches
-        return f"EditSession({name!r}, edits={len(self)}, batches={batches}, layers={self.hparams.layers})"
+        return f"EditSession({name!r}, edits={len(self)}, batches={batches}, layers={self._layers})"
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +157,7 @@ class EditSession:
             for layer in self._hooks
         ]
         try:
-            last = self._parts.projections[self.hparams.layers[-1]]
+            last = self._parts.projections[self._layers[-1]]
             with frozen(self.model), captured(last, stop=True):
                 self.model(input_ids=ids[None].to(self.device), use_cache=False)
         finally:
@@ -236,7 +237,7 @@ class EditSession:
             self._release()
             return
         self._attach()
-        for layer in self.hparams.layers:
+        for layer in self._layers:
             self._show(layer, state.layers[layer])
         self._show_scope(state.scope)
         self._set_mode(Mode.VALIDATED)
@@ -273,31 +274,39 @@ class EditSession:
     def _written_batch(self, requests: list[Request], first: int) -> tuple[Targets, dict[int, LayerState], ScopeState]:
         """The three steps of one batch; returns the targets, and the new state of every layer and of the scope."""
         layers, scope = dict(self.state.layers), self.state.scope
-        self._set_mode(Mode.VALIDATED)
-        targets = optimise_targets(
+        # Layers written towards one target; the last of them is where it stands.
+        groups = [self._layers] if self.hparams.spread == "mean" else [[layer] for layer in self._layers]
+        for group in groups:
+            self._set_mode(Mode.VALIDATED)
+            targets = self._targets(requests, group[-1], first)
+            self._set_mode(Mode.TEMPORARY, group)
+            for i, layer in enumerate(group):
+                keys = self._keys(layer, requests)
+                if layer == self._layers[0] and self._scope is not None:
+                    scope = self._scope.after_keys(scope, keys)
+                    self._show_scope(scope)
+                layers[layer] = self._write(layer, layers[layer], requests, keys, targets, group[i:])
+        if self._scope is not None and self._looks_ahead:
+            for layer in self._layers:
+                scope = self._scope.after_write(layer, scope, *self._norms(layer, requests))
+                self._show_scope(scope)
+        return targets, layers, scope
+
+    def _targets(self, requests: list[Request], layer: int, first: int) -> Targets:
+        """What the block of `layer` should answer at the subject's last token (paper: v_i)."""
+        return optimise_targets(
             self.model,
             self._parts,
             self._encoder,
             requests,
             self.prefixes,
             self.hparams,
+            layer,
             self.device,
             self.progress,
             self._comparison,
             first,
         )
-        self._set_mode(Mode.TEMPORARY)
-        for i, layer in enumerate(self.hparams.layers):
-            keys = self._keys(layer, requests)
-            if i == 0 and self._scope is not None:
-                scope = self._scope.after_keys(scope, keys)
-                self._show_scope(scope)
-            layers[layer] = self._write(layer, layers[layer], requests, keys, targets, len(layers) - i)
-        if self._scope is not None and self._looks_ahead:
-            for layer in self.hparams.layers:
-                scope = self._scope.after_write(layer, scope, *self._norms(layer, requests))
-                self._show_scope(scope)
-        return targets, layers, scope
 
     def _in_scope(self, requests: list[Request], first: int) -> list[bool]:
         """Whether each plain prompt's subject opens the scope, now that the batch is written; the others are told."""
@@ -342,14 +351,14 @@ class EditSession:
         requests: list[Request],
         keys: torch.Tensor,
         targets: Targets,
-        layers_left: int,
+        layers_left: Sequence[int],
     ) -> LayerState:
-        """Transformer memory updating of one layer (paper, section 3.2)."""
-        last = self._parts.blocks[self.hparams.layers[-1]]
+        """Transformer memory updating of one layer (paper, section 3.2), the first of `layers_left`."""
+        last = self._parts.blocks[layers_left[-1]]
         current = subject_values(
             self.model, last, self._encoder, requests, self.hparams.target_tokens, self.device, self._looks_ahead
         )  # (d, u)
-        residual = memory.spread(targets.values.to(current.device), current, layers_left)  # (d, u)
+        residual = memory.spread(targets.values.to(current.device), current, len(layers_left))  # (d, u)
         keys = memory.context_mean(keys).T.to(state.memory.matrix.device)  # (m, u)
         change = memory.update(residual.to(keys.device), state.memory.coefficients(keys))  # (d, m)
         if not change.isfinite().all():
@@ -407,13 +416,13 @@ class EditSession:
         return SessionState(layers, None if self._scope is None else self._scope.initial())
 
     def _new_scope(self, found: dict[int, statistics.KeyStatistics], text: Callable[[], TextSource]) -> Scope:
-        hparams, first = self.hparams, self.hparams.layers[0]
+        hparams, first = self.hparams, self._layers[0]
         if hparams.scope == "zscore":
             start = Thresholds(hparams.alpha, hparams.short_prompt_ratio)
-            return ZScoreScope(self.model, hparams.layers, start, hparams.dynamic_alpha)
+            return ZScoreScope(self.model, self._layers, start, hparams.dynamic_alpha)
         sample = statistics.pre_training_keys(self.model, self._parts, first, text())
         c0 = _moved(found[first].covariance(), self._parts.projections[first])
-        return LeverageScope(hparams.layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
+        return LeverageScope(self._layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _attach(self) -> None:
         if self._hooks or self._written:
@@ -450,9 +459,10 @@ class EditSession:
             assert self._scope is not None
             self._scope.show(layer, hook.gate, state)
 
-    def _set_mode(self, mode: Mode) -> None:
-        for hook in self._hooks.values():
-            hook.mode = mode
+    def _set_mode(self, mode: Mode, layers: Sequence[int] | None = None) -> None:
+        for layer, hook in self._hooks.items():
+            if layers is None or layer in layers:
+                hook.mode = mode
 
 
 def _moved(matrix: torch.Tensor, projection: nn.Module) -> torch.Tensor:

@@ -73,6 +73,7 @@ def optimise_targets(
     requests: Sequence[Request],
     prefixes: Sequence[str],
     hparams: CoachHooKHparams,
+    layer: int,
     device: torch.device,
     progress: bool = True,
     comparison: Comparison | None = None,
@@ -81,6 +82,7 @@ def optimise_targets(
     """Find the target value of every request. The model's parameters must not require gradients.
 
     Args:
+        layer: the block whose output gets the value.
         comparison: see `tail.cut`.
         first: place of the batch in a longer list, from which messages count.
 
@@ -98,7 +100,7 @@ def optimise_targets(
         for chunk in chunks:
             problem = _problem(encoder, [rows[i] for i in chunk], device)
             names = [f"request {first + i} ({requests[i].prompt!r})" for i in chunk]
-            solved = _solve(model, parts, problem, names, hparams, bar, comparison)
+            solved = _solve(model, parts, problem, names, hparams, layer, bar, comparison)
             values.append(solved.values)
             nll += solved.nll
             steps += solved.steps
@@ -138,12 +140,13 @@ def _solve(
     problem: _Problem,
     names: Sequence[str],
     hparams: CoachHooKHparams,
+    layer: int,
     bar: Any,
     comparison: Comparison | None,
 ) -> Targets:
     last = len(parts.blocks) - 1
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer
-    tail = cut(model, parts.blocks, hparams.layers[-1], loss_layer, problem.batch, comparison)
+    tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
     subject = problem.batch.subject - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)

@@ -30,6 +30,7 @@ import coachhook_plugin.scope.leverage
 import coachhook_plugin.scope.zscore
 import coachhook_plugin.session
 from coachhook_plugin import EditSession
+from coachhook_plugin.activations import subject_values
 from coachhook_plugin.hook import HookLayer, Mode
 from coachhook_plugin.scope import LeverageScope, ZScoreScope
 from coachhook_plugin.scope.leverage import WITNESSES
@@ -623,6 +624,48 @@ def test_generation_in_a_padded_batch_says_what_generation_alone_says(taught: St
         assert row[: len(alone)].tolist() == alone.tolist()
         said += tokenizer.decode(row).startswith(f" {fact['target_new']}")
     assert said >= len(batch) - 1
+
+
+# --- how the residual is spread --------------------------------------------------------------------------------------
+
+
+@LEVERAGE  # the z-score's thresholds move after the last write
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1, 3]])
+def test_with_boundary_spread_the_first_and_the_last_layer_each_reach_a_target_of_their_own(
+    start: Start, targets_of: list[Any], facts: Facts, case: str, layers: list[int]
+) -> None:
+    first, last = layers[0], layers[-1]
+    # Next to no weight on pre-training, and one context: an update gives the block just what it is asked for.
+    session = start(case, layers=layers, spread="boundary", mom2_update_weight=1e-9, context_prefixes=[], v_lr=0.3)
+    result = session.edit(facts)
+    assert list(session.state.layers) == [first, last]
+    (at_first, _), (at_last, _) = targets_of
+    assert result.nll == at_last.nll
+    one, other = hook_layers(session.model)
+    for hook, layer, targets in ((one, first, at_first), (other, last, at_last)):
+        one.mode = other.mode = Mode.VALIDATED
+        hook.mode = Mode.TEMPORARY  # as while it was written
+        block = session._parts.blocks[layer]
+        requests = session.check(facts)
+        found = subject_values(session.model, block, session._encoder, requests, 10_000, torch.device("cpu"))
+        assert zoo.relative(found, targets.values) < 1e-2
+    assert at_first.values.shape == at_last.values.shape
+    assert zoo.relative(at_first.values, at_last.values) > 0.1
+
+
+def test_boundary_spread_can_be_undone_and_goes_on(start: Start, facts: Facts) -> None:
+    session = start(spread="boundary", layers=[0, 1, 3])
+    before = photograph(session.model)
+    base = session.state
+    session.edit(facts)
+    after_one = answers(session)
+    session.edit(MORE)
+    session.restore(base)
+    session.edit(facts)
+    assert same(answers(session), after_one)
+    session.detach()
+    assert photograph(session.model)["parameters"] == before["parameters"]
 
 
 # --- in company ------------------------------------------------------------------------------------------------------

@@ -179,7 +179,9 @@ def test_targets_do_not_depend_on_the_way_the_tail_is_run(
 
     def targets() -> torch.Tensor:
         with frozen(one):
-            return optimise_targets(one, parts, encoder, requests, zoo.PREFIXES, hparams, CPU, progress=False).values
+            return optimise_targets(
+                one, parts, encoder, requests, zoo.PREFIXES, hparams, hparams.layers[-1], CPU, progress=False
+            ).values
 
     quick = targets()
     fall_back(kind, monkeypatch)

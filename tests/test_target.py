@@ -39,7 +39,8 @@ def found(one: Any, tokenizer: Any, facts: Sequence[dict[str, str]], hparams: Co
     encoder, prefixes = Encoder(tokenizer, None), hparams.context_prefixes
     assert prefixes is not None
     with frozen(one):
-        return optimise_targets(one, model_parts(one, hparams), encoder, requests, prefixes, hparams, CPU, False)
+        last, parts = hparams.layers[-1], model_parts(one, hparams)
+        return optimise_targets(one, parts, encoder, requests, prefixes, hparams, last, CPU, False)
 
 
 def assert_as_plain(
