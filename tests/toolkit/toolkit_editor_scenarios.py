@@ -71,9 +71,9 @@ def recorded(bench: Bench, editor: Any, before: Callable[[Event], None] = lambda
         note("score", (record["prompt"],))
         return score(model, model_name, hparams, tok, record, *args, **kwargs)
 
-    def edited(self: EditSession, requests: Any) -> Any:
+    def edited(self: EditSession, requests: Any, **kwargs: Any) -> Any:
         note("edit", tuple(request["prompt"] for request in requests))
-        return edit(self, requests)
+        return edit(self, requests, **kwargs)
 
     bench.toolkit.compute_edit_quality = scored
     EditSession.edit = edited  # type: ignore[method-assign]
