@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from coachhook_plugin import CoachHooKHparams, EditSession
-from coachhook_plugin.architectures import model_parts
+from coachhook_plugin.architectures import key_size, model_parts
 from coachhook_plugin.statistics import collect
 from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
@@ -89,8 +89,10 @@ def key_statistics(model_name: str, tokens: int) -> dict[str, Any]:
     session = _session(model_name)
     hparams, model, tokenizer = session.hparams, session.model, session.tokenizer
     parts = model_parts(model, hparams)
-    wide = dataclasses.replace(hparams, mom2_key_multiple=tokens / 1536)
-    source = text_source(model, tokenizer, wide, 1536, session.device)
+    size = key_size(parts)
+    source = text_source(
+        model, tokenizer, dataclasses.replace(hparams, mom2_key_multiple=tokens / size), size, session.device
+    )
     rows = torch.cat([source.batch(i) for i in range(source.batches)])
     with frozen(model):
         started = time.perf_counter()
