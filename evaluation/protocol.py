@@ -177,7 +177,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 1
     """Greedy continuations, each prompt by itself."""
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
         out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts

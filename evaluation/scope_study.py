@@ -98,7 +98,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hparams = dataclasses.replace(CoachHooKHparams.from_hparams(model_name), scope=scope)
-    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype=torch.float32).to(hparams.torch_device())
+    model = AutoModelForCausalLM.from_pretrained(hparams.model_name).float().to(hparams.torch_device())
     tokenizer = AutoTokenizer.from_pretrained(hparams.model_name)
     records = load_records(data, edits)
     held = text.read_text(encoding="utf-8")
@@ -177,7 +177,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], use_cache: bool
     """Greedy continuations with a natural stop, each prompt by itself."""
     rows = []
     for prompt in tqdm(prompts, desc="generating" if use_cache else "generating without cache", leave=False):
-        ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+        # Some tokenizers give more than a model's generate takes.
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
         out = model.generate(
             **ids, max_new_tokens=tokens, do_sample=False, use_cache=use_cache, pad_token_id=tokenizer.eos_token_id
         )

@@ -41,7 +41,7 @@ def _session(model_name: str, **changes: Any) -> EditSession:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hparams = dataclasses.replace(CoachHooKHparams.from_hparams(model_name), **changes)
-    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(hparams.model_name).float()
     session = EditSession(
         model.to(hparams.torch_device()), AutoTokenizer.from_pretrained(hparams.model_name), hparams, progress=False
     )
