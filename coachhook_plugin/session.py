@@ -425,6 +425,7 @@ class EditSession:
         return LeverageScope(self._layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _attach(self) -> None:
+        """Hang hook layers as they are before any edit, where there are none."""
         if self._hooks or self._written:
             return
         if self._scope is None:
@@ -435,7 +436,6 @@ class EditSession:
             self._hooks[layer] = HookLayer(projection, self._scope.gate(layer))
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what was compiled before does not look for new hooks
-        self._show_scope(self.state.scope)
 
     def _release(self) -> None:
         for layer, hook in self._hooks.items():

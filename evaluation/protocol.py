@@ -172,15 +172,26 @@ def mean_scores(scores: Sequence[Scores]) -> dict[str, float]:
     return {name: _mean([getattr(one, name) for one in scores]) for name in METRICS}
 
 
-@torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 12) -> list[str]:
     """Greedy continuations, each prompt by itself."""
-    texts = []
-    for prompt in prompts:
+    rows = continuations(model, tokenizer, prompts, tokens)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+@torch.no_grad()
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 12, use_cache: bool = True
+) -> list[list[int]]:
+    """The same as token ids, with a natural stop."""
+    rows = []
+    for prompt in tqdm(prompts, desc="generating" if use_cache else "generating without cache", leave=False):
+        # Some tokenizers give more than a model's generate takes.
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-        out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
+        out = model.generate(
+            **ids, max_new_tokens=tokens, do_sample=False, use_cache=use_cache, pad_token_id=tokenizer.eos_token_id
+        )
+        rows.append(out[0, ids["input_ids"].shape[1] :].tolist())
+    return rows
 
 
 def peak_megabytes() -> float:

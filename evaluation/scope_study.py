@@ -29,11 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from coachhook_plugin import CoachHooKHparams, EditSession
+from coachhook_plugin import CoachHooKHparams, EditSession, Request
+from coachhook_plugin.tokens import Encoder
 
 from .data import Record, load_records
 from .metrics import perplexity
-from .protocol import mean_scores, read, score
+from .protocol import continuations, mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10
 SCOPES = ("zscore", "leverage")
@@ -121,7 +122,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict
 
     after = read(model, tokenizer, records, "scores after")
     prompts = [record.prompt for record in records]
-    said, alone = (generate(model, tokenizer, prompts, use_cache=cached) for cached in (True, False))
+    said, alone = (continuations(model, tokenizer, prompts, use_cache=cached) for cached in (True, False))
     starts = [
         tokenizer.decode(row, skip_special_tokens=True).strip().startswith(record.target_new)
         for row, record in zip(said, records, strict=True)
@@ -166,24 +167,8 @@ def _at_subject(session: EditSession, tokenizer: Any, text: str, subject: str) -
     """The margin at the subject's last token, where the text names the subject once."""
     if text.count(subject) != 1:
         return []
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    stop = text.index(subject) + len(subject)
-    last = max(t for t, (start, end) in enumerate(encoded["offset_mapping"]) if start < stop and end > start)
-    return [float(session.margins(torch.tensor(encoded["input_ids"]))[last])]
-
-
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], use_cache: bool, tokens: int = 12) -> list[list[int]]:
-    """Greedy continuations with a natural stop, each prompt by itself."""
-    rows = []
-    for prompt in tqdm(prompts, desc="generating" if use_cache else "generating without cache", leave=False):
-        # Some tokenizers give more than a model's generate takes.
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-        out = model.generate(
-            **ids, max_new_tokens=tokens, do_sample=False, use_cache=use_cache, pad_token_id=tokenizer.eos_token_id
-        )
-        rows.append(out[0, ids["input_ids"].shape[1] :].tolist())
-    return rows
+    row = Encoder(tokenizer, None).prompt("", Request(text, subject, ""))
+    return [float(session.margins(torch.tensor(row.ids))[row.subject])]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -293,6 +293,16 @@ def interrupt(one: Any, at: int) -> Callable[[], int]:
     return lambda: begun[0]
 
 
+def cut_off(found: Callable[..., Any], one: Any, cache: Path) -> Callable[[], int]:
+    """A collection from an empty cache that ends with Ctrl-C in its third pass; returns the passes begun so far."""
+    for path in cache.iterdir():
+        path.unlink()
+    begun = interrupt(one, 3)
+    with pytest.raises(KeyboardInterrupt):
+        found(one)
+    return begun
+
+
 def test_an_interrupted_collection_goes_on_where_it_was_and_ends_with_the_same_bits(
     tiny: Callable[..., Any],
     found: Callable[..., Any],
@@ -302,11 +312,7 @@ def test_an_interrupted_collection_goes_on_where_it_was_and_ends_with_the_same_b
 ) -> None:
     monkeypatch.setattr(statistics, "CHECKPOINT_SECONDS", -1.0)  # after each batch
     undisturbed, one = found(tiny()), tiny()
-    for path in empty_cache.iterdir():
-        path.unlink()
-    begun = interrupt(one, 3)
-    with pytest.raises(KeyboardInterrupt):
-        found(one)
+    begun = cut_off(found, one, empty_cache)
     assert begun() == 3
     assert [path.name.endswith(".partial.npz") for path in empty_cache.iterdir()] == [True]
     projections = model_parts(one, zoo.hparams("-")).projections.values()
@@ -327,11 +333,7 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(statistics, "CHECKPOINT_SECONDS", -1.0)
     undisturbed, one = found(tiny()), tiny()
-    for path in empty_cache.iterdir():
-        path.unlink()
-    begun = interrupt(one, 3)
-    with pytest.raises(KeyboardInterrupt):
-        found(one)
+    begun = cut_off(found, one, empty_cache)
     (checkpoint,) = empty_cache.iterdir()
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):

@@ -66,10 +66,14 @@ def ceiling(n: torch.Tensor) -> torch.Tensor:
     return (n - 1) / n.clamp(min=1).sqrt()
 
 
+def asked(mask: torch.Tensor, alpha: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """(b, 1): the z that a token of each row must reach. Arguments as in `in_scope`."""
+    return torch.minimum(alpha, ratio * ceiling(mask.sum(-1, keepdim=True)))
+
+
 def in_scope(norms: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
     """(b, T) bool: the tokens that the hook layer answers. Shapes as in `z_scores`; alpha and ratio are scalars."""
-    asked = torch.minimum(alpha, ratio * ceiling(mask.sum(-1, keepdim=True)))  # (b, 1)
-    return z_scores(norms, mask) >= asked
+    return z_scores(norms, mask) >= asked(mask, alpha, ratio)
 
 
 def lowered(thresholds: Thresholds, norms: torch.Tensor, mask: torch.Tensor, margin: float) -> Thresholds:
@@ -117,19 +121,22 @@ class ZScoreGate(Gate):
         self.ratio = torch.full_like(self.ratio, thresholds.ratio)
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        delta_k = change()  # (b, T, d), or (b T, d) from blocks that flatten their tokens
-        mask = self._tokens.of(key)  # (b, T)
-        wide = torch.promote_types(delta_k.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(delta_k, dim=-1, dtype=wide).view(mask.shape)
+        norms, mask = self._norms(key, change)
         if self.observer is not None:
             self.observer(norms, mask)
         return in_scope(norms, mask, self.alpha, self.ratio).view(*key.shape[:-1], 1)
 
     def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
-        mask = self._tokens.of(key)  # (b, T)
-        norms = torch.linalg.vector_norm(change().float(), dim=-1).view(mask.shape)
-        asked = torch.minimum(self.alpha, self.ratio * ceiling(mask.sum(-1, keepdim=True)))  # (b, 1)
-        return (z_scores(norms, mask) / asked.clamp(min=1e-9)).view(key.shape[:-1])
+        norms, mask = self._norms(key, change)
+        needed = asked(mask, self.alpha, self.ratio).clamp(min=1e-9)  # (b, 1)
+        return (z_scores(norms, mask) / needed).view(key.shape[:-1])
+
+    def _norms(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """s = ||Delta k|| and which tokens are real, (b, T) each."""
+        delta_k = change()  # (b, T, d), or (b T, d) from blocks that flatten their tokens
+        mask = self._tokens.of(key)
+        wide = torch.promote_types(delta_k.dtype, torch.float32)
+        return torch.linalg.vector_norm(delta_k, dim=-1, dtype=wide).view(mask.shape), mask
 
     def extra_repr(self) -> str:
         return f"scope=zscore, alpha={self.alpha.item():.3f}"
