@@ -11,7 +11,7 @@ import functools
 import logging
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class CoachHooKHparams:
     fact_token: Literal["subject_last"] = "subject_last"
     v_num_grad_steps: int = 25
     v_lr: float = 0.5
+    v_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam's; lower ones forget sooner
     v_loss_layer: int | None = None  # block whose output is read for the loss; None: the last one
     v_weight_decay: float = 1e-3
     v_loss_threshold: float = 0.05  # a request stops when its loss is below this ...
@@ -107,6 +108,8 @@ class CoachHooKHparams:
         for name in ("v_weight_decay", "kl_factor", "v_loss_threshold", "v_nll_threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if len(self.v_betas) != 2 or not all(0 <= beta < 1 for beta in self.v_betas):
+            raise ValueError(f"v_betas is {self.v_betas}; give the two betas of Adam, each in [0, 1)")
         if not 0 < self.scope_budget < 1:
             raise ValueError(f"scope_budget is {self.scope_budget}; it must lie between 0 and 1")
         if not 0 < self.short_prompt_ratio <= 1:
@@ -145,7 +148,8 @@ class CoachHooKHparams:
         unknown = sorted(set(config) - set(fields))
         if unknown:
             raise KeyError(f"unknown hyperparameter {', '.join(map(repr, unknown))}; known: {', '.join(fields)}")
-        missing = [name for name, f in fields.items() if name not in config and f.default is dataclasses.MISSING]
+        required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [name for name in required if name not in config]
         if missing or "alg_name" not in config:
             raise KeyError(f"missing hyperparameter {', '.join(map(repr, missing or ['alg_name']))}")
         config = dict(config)

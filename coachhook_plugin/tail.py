@@ -8,16 +8,18 @@ with the model's own answer), a step runs the upper blocks over all tokens, or e
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from .packing import PackedAttention, Packing, packed_attention
 from .tokens import Batch
 from .trace import captured, hidden_of, with_hidden
 
@@ -30,6 +32,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the larges
 class Tail(Protocol):
     """Goes on from `hidden`, the edited block's output (b, S, d) at positions `offset` (b,) and after."""
 
+    packs: ClassVar[bool]  # whether rows shorter than others cost nothing
+
     @property
     def hidden(self) -> torch.Tensor: ...
 
@@ -40,8 +44,8 @@ class Tail(Protocol):
         """(b, S, d) in place of `hidden` -> states after the block the loss is read from, and after the last one."""
         ...
 
-    def keep(self, rows: torch.Tensor, length: int) -> Tail:
-        """The same for some of the rows, and at least their first `length` positions."""
+    def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> Tail:
+        """The same for some of the rows, and at least the first `lengths` (one for each) of their positions."""
         ...
 
 
@@ -85,6 +89,8 @@ class _Suffix:
     cache_name: str
     kept: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of the tokens before, for each upper block
 
+    packs: ClassVar[bool] = False
+
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for_loss = state
         for call, kept in zip(self.calls, self.kept, strict=True):
@@ -92,8 +98,8 @@ class _Suffix:
             for_loss = state if call.is_loss_layer else for_loss
         return for_loss, state
 
-    def keep(self, rows: torch.Tensor, length: int) -> _Suffix:
-        front = int(self.offset[rows].max())
+    def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _Suffix:
+        front, length = int(self.offset[rows].max()), int(lengths.max())
         select = partial(_part_of, rows=rows, count=len(self.hidden), size=self.hidden.shape[1], length=length)
         calls = []
         for call in self.calls:
@@ -108,12 +114,56 @@ class _Suffix:
 
 
 @dataclass(frozen=True)
+class _PackedSuffix(_Suffix):
+    """The same, with all rows in one long row."""
+
+    lengths: torch.Tensor  # (b,)
+
+    packs: ClassVar[bool] = True
+
+    def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        row = self._packing.join(state)  # (1, n, d)
+        for_loss = row
+        with packed_attention([call.block for call in self.calls]):
+            for call, arguments, kept in zip(self.calls, self._arguments, self.kept, strict=True):
+                cache = PackedAttention(self._packing, kept)
+                row = replace(call, arguments=arguments).run(row, **{self.cache_name: cache})
+                for_loss = row if call.is_loss_layer else for_loss
+        return self._packing.split(for_loss), self._packing.split(row)
+
+    @functools.cached_property
+    def _packing(self) -> Packing:
+        return Packing.of_lengths(self.lengths)
+
+    @functools.cached_property
+    def _arguments(self) -> list[dict[str, Any]]:
+        rows, width = self.hidden.shape[:2]
+
+        def joined(name: str, value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(joined(name, item) for item in value)
+            if name != "attention_mask" and isinstance(value, torch.Tensor):
+                if value.dim() >= 2 and value.shape[:2] == (rows, width):
+                    return self._packing.join(value)
+                if value.shape == (width,):
+                    return torch.arange(len(self._packing.of_row), device=value.device)
+            return value
+
+        return [{name: joined(name, value) for name, value in call.arguments.items()} for call in self.calls]
+
+    def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _PackedSuffix:
+        return _packed(super().keep(rows, lengths), lengths)
+
+
+@dataclass(frozen=True)
 class _UpperBlocks:
     """Upper blocks over all tokens."""
 
     hidden: torch.Tensor  # (b, T, d)
     offset: torch.Tensor
     calls: tuple[_Call, ...]
+
+    packs: ClassVar[bool] = False
 
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for_loss = state
@@ -122,7 +172,7 @@ class _UpperBlocks:
             for_loss = state if call.is_loss_layer else for_loss
         return for_loss, state
 
-    def keep(self, rows: torch.Tensor, length: int) -> _UpperBlocks:
+    def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _UpperBlocks:
         calls = tuple(replace(c, arguments=_rows_of(c.arguments, rows, len(self.hidden))) for c in self.calls)
         return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], calls=calls)
 
@@ -139,6 +189,8 @@ class _WholeModel:
     loss: nn.Module
     last: nn.Module
 
+    packs: ClassVar[bool] = False
+
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         handle = self.edited.register_forward_hook(lambda _, __, answer: with_hidden(answer, state))
         try:
@@ -148,7 +200,7 @@ class _WholeModel:
             handle.remove()
         return at_loss.output, at_last.output
 
-    def keep(self, rows: torch.Tensor, length: int) -> _WholeModel:
+    def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _WholeModel:
         batch = Batch(self.batch.input_ids[rows], self.batch.attention_mask[rows], self.batch.subject[rows])
         return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], batch=batch)
 
@@ -214,7 +266,11 @@ def cut(
     complete = _UpperBlocks(hidden, start, tuple(calls))
     if not calls:  # the last block is edited: nothing is above it
         return complete
-    builds: tuple[Callable[[], Tail], ...] = (partial(_suffix, complete, batch, caches), lambda: complete)
+    builds: tuple[Callable[[], Tail], ...] = (
+        lambda: _packed(_suffix(complete, batch, caches), batch.attention_mask.sum(1) - batch.subject),
+        lambda: _suffix(complete, batch, caches),
+        lambda: complete,
+    )
     for build in builds:
         try:
             tail = build()
@@ -248,6 +304,12 @@ def _suffix(complete: _UpperBlocks, batch: Batch, caches: list[tuple[str, _Atten
     )
     kept = tuple((key[:, :, :front], value[:, :, :front]) for key, value in seen)
     return _Suffix(_gathered(hidden, at), offset, calls, caches[0][0], kept)
+
+
+def _packed(suffix: _Suffix, lengths: torch.Tensor) -> _PackedSuffix:
+    """The same rows, of these lengths (b,), as one."""
+    given = {field.name: getattr(suffix, field.name) for field in fields(_Suffix)}
+    return _PackedSuffix(**given, lengths=lengths.to(suffix.hidden.device))
 
 
 def _masked(arguments: dict[str, Any]) -> dict[str, Any]:

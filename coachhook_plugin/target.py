@@ -153,7 +153,7 @@ def _solve(
 
     u, device = len(names), v0.device
     delta = torch.zeros_like(v0, requires_grad=True)  # (u, d)
-    adam = torch.optim.Adam([delta], lr=hparams.v_lr)
+    adam = torch.optim.Adam([delta], lr=hparams.v_lr, betas=(hparams.v_betas[0], hparams.v_betas[1]))
     active = torch.ones(u, dtype=torch.bool, device=device)
     running = active  # requests whose rows still run
     groups = _groups(problem, tail, running)
@@ -200,23 +200,21 @@ def _solve(
 
 
 def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group]:
-    """The rows of the running requests: by length where padding costs time (CPU), all together elsewhere."""
+    """The rows of the running requests: by length where padding costs time, all together elsewhere."""
     wanted_rows = running[problem.owner]
     lengths = (problem.last.to(tail.offset.device) - tail.offset + 1).masked_fill(~wanted_rows, 0)  # (b,)
-    if tail.hidden.device.type != "cpu":
-        lengths = lengths.clamp(max=1) * lengths.max()
+    together = tail.packs or tail.hidden.device.type != "cpu"
+    alike = lengths.clamp(max=1) if together else lengths
     groups = []
-    for length in sorted(set(lengths.tolist())):
-        if length == 0:
-            continue
-        rows = (lengths == length).nonzero().flatten()  # (g,)
+    for label in set(alike[wanted_rows].tolist()):
+        rows = (alike == label).nonzero().flatten()  # (g,)
         place = torch.full_like(lengths, -1)
         place[rows] = torch.arange(len(rows), device=rows.device)
         predict = (place[problem.predict_row] >= 0).nonzero().flatten()
         kl = problem.kl_row[place[problem.kl_row] >= 0]
         groups.append(
             _Group(
-                tail=tail.keep(rows, int(length)),
+                tail=tail.keep(rows, lengths[rows]),
                 owner=problem.owner[rows],
                 subject=(problem.batch.subject - tail.offset)[rows],
                 predict_row=place[problem.predict_row[predict]],
