@@ -66,7 +66,7 @@ def tiny(tokenizer: Any) -> Callable[..., Any]:
     return lambda case="llama", **changed: zoo.model(case, len(tokenizer), **changed)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings(text: Path) -> Callable[..., CoachHooKHparams]:
     """`settings(alpha=3.0)`: hyperparameters for the tiny models.
 
@@ -119,7 +119,7 @@ def taught_models(tokenizer: Any) -> dict[str, Any]:
     for b, row in enumerate(rows):
         ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
     models = {}
-    for case in ("llama", "gpt2"):
+    for case in ("llama", "gpt2", "mistral-window-4"):
         model = zoo.model(case, len(tokenizer))
         adam = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(100):
@@ -132,7 +132,7 @@ def taught_models(tokenizer: Any) -> dict[str, Any]:
     return models
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def taught(taught_models: dict[str, Any], tokenizer: Any, settings: Callable[..., Any]) -> Callable[..., EditSession]:
     """`taught("gpt2")`: a session on a copy of a taught model, where edits have room and the scope is wide."""
 

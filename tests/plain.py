@@ -70,6 +70,21 @@ def hook_layers(model: nn.Module) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith(".coachhook")]
 
 
+@contextmanager
+def answered(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Which tokens (b, T) an edited projection answers in each forward pass of the `with` body."""
+    found: list[torch.Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found.append((output != type(module).forward(module, *inputs)).any(-1))  # without any hook
+
+    handle = projection.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def logits_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:
     """One text at a time, without padding."""

@@ -42,11 +42,29 @@ class TokenMask:
             self.rows = self.mask = None
             return
         self.rows = (tokens.shape[0], tokens.shape[1])
-        mask = given.get("attention_mask")
-        # In cached decoding the mask covers the past as well; the last T columns are this pass.
-        self.mask = None
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= self.rows[1]:
-            self.mask = mask[:, -self.rows[1] :].bool()
+        self.mask = real_tokens(given.get("attention_mask"), self.rows[1])
 
     def _leave(self, *_: Any) -> None:
         self.rows = self.mask = None
+
+
+def real_tokens(mask: Any, width: int) -> torch.Tensor | None:
+    """(b, T) bool: which tokens of a pass of `width` tokens are real; None: the mask does not tell.
+
+    Args:
+        mask: what a causal language model is given as its attention mask: (b, past + T); or (b, 1, T, slots), boolean
+            or additive, as generation makes it for a static cache; or several of these by kind of attention.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, torch.Tensor) or mask.shape[-1] < width:
+        return None
+    if mask.dim() == 2:
+        return mask[:, -width:].bool()  # in cached decoding the mask covers the past as well
+    if mask.dim() != 4 or mask.shape[2] != width:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1  # (b, T, slots)
+    # The last slot that a real token sees is its own, and those of one pass stand in a line; padding sees less.
+    slots = torch.arange(mask.shape[-1], device=mask.device)
+    start = allowed.int().mul(slots + 1).amax(-1) - slots[:width]  # (b, T)
+    return start == start.amax()

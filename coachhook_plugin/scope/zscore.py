@@ -10,8 +10,9 @@ Policies the paper leaves open:
 * The largest z that n tokens can reach is (n - 1) / sqrt(n), 2.04 for n = 6. A prompt is therefore asked for the lower
   of alpha and `ratio` times that ceiling. Prompts for which alpha is the lower bound lower alpha; shorter ones lower
   `ratio` and leave alpha alone.
-* One token has no deviation and two tokens always score -0.71 and 0.71: fewer than three tokens are outside. In
-  cached decoding the tokens of the prompt are judged together, and each generated one is outside.
+* One token has no deviation and two tokens always score -0.71 and 0.71: fewer than three tokens are outside. The
+  tokens of one pass are judged together: in cached decoding those of the prompt, while each generated one comes alone
+  and is outside. Drafts of assisted decoding come together, so that it may say something else than plain decoding.
 """
 
 from __future__ import annotations
