@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-COLOURS = {"leverage": "#1b6ca8", "zscore": "#e08e45"}
+COLOURS = {"leverage": "#1b6ca8", "zscore": "#e08e45", "leverage-boundary": "#7fb3d5"}
 GROUP_COLOURS = {"edited": "#14505c", "rephrased": "#3a9188", "neighbours": "#c8553d", "text": "#8d6a9f"}
 
 

@@ -2,11 +2,12 @@
 
     python -m evaluation.scope_study --data counterfact.json zsre.json --text held.txt [--edits 200]
 
-The first `--edits` records of every file are edited in consecutive batches of 10, once with each scope and otherwise
-the same settings; everything is scored before the first batch and after the last. On the way, after 10, 50, 100 and
-all edits, the margin (score over what is asked; from 1 on a token is answered) is taken at the last token of every
-edited subject and of every rephrased one, at all tokens of the neighbourhood prompts, and at all tokens of the held
-text. Each run is a process of its own and is kept; a run that is already there is not made again.
+The first `--edits` records of every file are edited in consecutive batches of 10, once with each scope (and once more
+with the residual spread over the first and the last layer alone), otherwise with the same settings; everything is
+scored before the first batch and after the last. On the way, after 10, 50, 100 and all edits, the margin (score over
+what is asked; from 1 on a token is answered) is taken at the last token of every edited subject and of every rephrased
+one, at all tokens of the neighbourhood prompts, and at all tokens of the held text. Each run is a process of its own
+and is kept; a run that is already there is not made again.
 
 Writes `summary.json` (by data set and scope), the runs, and `scope.png`.
 """
@@ -37,7 +38,11 @@ from .metrics import perplexity
 from .protocol import continuations, mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10
-SCOPES = ("zscore", "leverage")
+SCOPES = {
+    "zscore": {"scope": "zscore"},
+    "leverage": {"scope": "leverage"},
+    "leverage-boundary": {"scope": "leverage", "spread": "boundary"},
+}
 GROUPS = ("edited", "rephrased", "neighbours", "text")
 STEPS = (10, 50, 100)
 TEXT_TOKENS, WINDOW = 4096, 256
@@ -98,7 +103,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict
     """Edit one data set with one scope, and measure."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hparams = dataclasses.replace(CoachHooKHparams.from_hparams(model_name), scope=scope)
+    hparams = dataclasses.replace(CoachHooKHparams.from_hparams(model_name), **SCOPES[scope])
     model = AutoModelForCausalLM.from_pretrained(hparams.model_name).float().to(hparams.torch_device())
     tokenizer = AutoTokenizer.from_pretrained(hparams.model_name)
     records = load_records(data, edits)
