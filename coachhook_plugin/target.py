@@ -193,7 +193,7 @@ def _solve(
             adam.step()
             delta *= (longest / delta.norm(dim=1, keepdim=True)).clamp(max=1)
             delta.copy_(torch.where(active[:, None], delta, kept))
-        if active.sum() <= 0.8 * running.sum():
+        if active.sum() < running.sum():
             running = active
             groups = _groups(problem, tail, running)
     return Targets((v0 + delta.detach()).T, nll.tolist(), steps.tolist())
