@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .session import EditResult, EditSession, SessionState
+from .session import EditResult, EditSession
+from .state import SessionState
 from .toolkit import import_easyeditor
 from .toolkit.apply import session_for
 

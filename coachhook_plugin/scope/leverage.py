@@ -121,7 +121,7 @@ class LeverageScope(Scope):
     ) -> None:
         self.first, self.last = layers[0], layers[-1]
         self.budget, self.ridge, self.seed = budget, ridge, seed
-        self.whiten = whitening(c0)  # (m, m)
+        self.whiten = whitening(c0).contiguous()  # (m, m), laid out as it comes back from a file
         self._pre_training = (working_precision(sample.to(self.whiten.device)) @ self.whiten.T).float()  # (n, m)
         self._decision = Decision()
 
@@ -153,6 +153,42 @@ class LeverageScope(Scope):
         explain = explaining(edited, self.ridge)
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
         return LeverageState(edited, witnesses, lots, state.seen + keys.shape[0] * keys.shape[1], threshold)
+
+    def asked(self, state: LeverageState) -> float:
+        return state.threshold
+
+    def pack(self, state: LeverageState) -> dict[str, torch.Tensor]:
+        tensors = {
+            "edited": state.edited.T,  # (r, m)
+            "witnesses": state.witnesses,
+            "lots": state.lots,
+            "seen": torch.tensor(state.seen),
+            "threshold": torch.tensor(state.threshold, dtype=torch.float64),
+        }
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def unpack(self, tensors: dict[str, torch.Tensor]) -> LeverageState:
+        device = self.whiten.device
+        return LeverageState(
+            edited=tensors["edited"].T.contiguous().to(device),
+            witnesses=tensors["witnesses"].to(device),
+            lots=tensors["lots"],
+            seen=int(tensors["seen"]),
+            threshold=float(tensors["threshold"]),
+        )
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        return {"whiten": self.whiten, "pre_training": self._pre_training}
+
+    @classmethod
+    def of_constants(
+        cls, layers: list[int], constants: dict[str, torch.Tensor], budget: float, ridge: float, seed: int
+    ) -> LeverageScope:
+        """The scope with these `constants`; without any it cannot learn, but its gates can be given buffers."""
+        scope = cls(layers, torch.eye(1), torch.ones(1, 1), budget, ridge, seed)
+        if constants:
+            scope.whiten, scope._pre_training = constants["whiten"], constants["pre_training"]
+        return scope
 
     def _sampled(self, state: LeverageState, white: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Witnesses and their lots after `white` (n, m) came by: those with the lowest lots of all so far."""

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..hparams import CoachHooKHparams
-from ..session import EditSession, SessionState
+from ..session import EditSession
+from ..state import SessionState
 from ..tokens import parse_requests
 
 # Hyperparameters that may differ between two edits of one session: they say how to load, batch and score.
