@@ -636,8 +636,8 @@ class EditSession:
             start = Thresholds(hparams.alpha, hparams.short_prompt_ratio)
             return ZScoreScope(self.model, self._layers, start, hparams.dynamic_alpha)
         sample = statistics.pre_training_keys(self.model, self._parts, first, text())
-        c0 = _moved(found[first].covariance(), self._parts.projections[first])
-        return LeverageScope(self._layers, c0, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
+        moments = _moved(found[first].covariance().diagonal(), self._parts.projections[first])
+        return LeverageScope(self._layers, moments, sample, hparams.scope_budget, hparams.scope_ridge, hparams.seed)
 
     def _loaded_scope(self, constants: dict[str, torch.Tensor]) -> Scope | None:
         """The scope that has these constants; without any, only its gates can be used."""

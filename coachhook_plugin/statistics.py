@@ -14,31 +14,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
+import math
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .architectures import ModelParts, weight_shape
 from .cache import cache_dir, write_whole
+from .collection import Share, collected_sums
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
-from .memory import working_precision
 from .text import TextSource
 from .trace import captured
 
 LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cache; raise it when the same settings would give other numbers
-CHECKPOINT_SECONDS = 60.0
 SAMPLE = 4096  # pre-training keys that the editing scope is calibrated on
 
 
@@ -48,10 +45,35 @@ class KeyStatistics:
 
     total: torch.Tensor  # (m, m)
     count: int
+    fourth: float | None = None  # sum of ||k||^4; None: not in the file
 
     def covariance(self) -> torch.Tensor:
         """C0 = E[k k^T], (m, m)."""
         return self.total / self.count
+
+    def standard_error(self, count: int | None = None) -> float | None:
+        """How far C0 is likely to be from that of endless text, or would be with `count` keys.
+
+        Returns:
+            The root of E||C0 - true C0||^2 / ||C0||^2 (Frobenius norms) for independent keys, of which the variance
+            is (E||k||^4 - ||C0||^2) / count; None without the fourth moment, as in the toolkit's files.
+        """
+        if self.fourth is None:
+            return None
+        size = float(self.covariance().square().sum())
+        return math.sqrt(max(self.fourth / self.count - size, 0.0) / (count or self.count) / size)
+
+    def told(self) -> str:
+        """A line for people: how many keys, and what more of them would change."""
+        keys = f"{self.count:,} keys, {self.count / len(self.total):.1f} for each of their {len(self.total)} entries"
+        now, then = self.standard_error(), self.standard_error(2 * self.count)
+        if now is None or then is None:
+            return keys
+        return f"{keys}; C0 is known to {now:.1%}, with twice as many keys it would be to {then:.1%}"
+
+    def as_saved(self) -> KeyStatistics:
+        """The same to the bits that a file keeps, so that a run that collects and one that reads agree."""
+        return replace(self, total=self.total.float().double().cpu())
 
 
 def key_statistics(
@@ -128,6 +150,7 @@ def load_statistics(path: Path, key_size: int) -> KeyStatistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
+            fourth = float(file["mom2.fourth"]) if "mom2.fourth" in file else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable key statistics file ({error}); delete it or restore it") from None
     if tuple(total.shape) != (key_size, key_size):
@@ -140,7 +163,7 @@ def load_statistics(path: Path, key_size: int) -> KeyStatistics:
         raise ValueError(f"{path}: not a sum of k k^T over at least one key; delete it or restore it")
     if not torch.allclose(total, total.T, rtol=1e-3, atol=1e-3 * float(total.diagonal().mean())):
         raise ValueError(f"{path}: its matrix is not symmetric, so it is no second moment; delete it or restore it")
-    return KeyStatistics(total, count)
+    return KeyStatistics(total, count, fourth)
 
 
 def save_statistics(path: Path, statistics: KeyStatistics, sample_size: int | None = None) -> None:
@@ -151,6 +174,8 @@ def save_statistics(path: Path, statistics: KeyStatistics, sample_size: int | No
         "mom2.mom2": statistics.total.float().cpu().numpy(),
         "sample_size": np.array(statistics.count if sample_size is None else sample_size),
     }
+    if statistics.fourth is not None:
+        arrays["mom2.fourth"] = np.array(statistics.fourth)  # ours; the toolkit reads what it knows
     write_whole(path, lambda stream: np.savez(stream, **arrays))
 
 
@@ -180,85 +205,11 @@ def _cached(
     if missing:
         projections = {layer: parts.projections[layer] for layer in missing}
         together = hashlib.sha256("".join(path(layer).stem for layer in missing).encode()).hexdigest()[:32]
-        checkpoint = folder / f"{together}.partial.npz"
-        for layer, statistics in collect(model, projections, source, checkpoint, progress).items():
-            save_statistics(path(layer), statistics)
-            # What was just written is what later runs read: the same bits now and then.
-            found[layer] = load_statistics(path(layer), weight_shape(projections[layer])[1])
-        checkpoint.unlink(missing_ok=True)
+        checkpoint = folder / f"{together}.partial"
+        for layer, sums in collected_sums(model, projections, source, checkpoint, progress).items():
+            statistics = KeyStatistics(sums.total, sums.count, sums.fourth)
+            LOG.info("key statistics of layer %d: %s", layer, statistics.told())
+            if Share.of_this_process().first:
+                save_statistics(path(layer), statistics)
+            found[layer] = statistics.as_saved()
     return found
-
-
-@torch.no_grad()
-def collect(
-    model: nn.Module,
-    projections: dict[int, nn.Module],
-    source: TextSource,
-    checkpoint: Path | None = None,
-    progress: bool = True,
-) -> dict[int, KeyStatistics]:
-    """Sum k k^T at every projection in one pass over the text, in float64, stopping each pass after the last one.
-
-    An interrupted pass goes on from `checkpoint`, which is written about once a minute.
-    """
-    device = next(model.parameters()).device
-    totals = {layer: _no_keys(projection) for layer, projection in projections.items()}
-    start, count = _resume(checkpoint, totals)
-    last = max(projections)
-    written = time.monotonic()
-    for index in tqdm(
-        range(start, source.batches),
-        initial=start,
-        total=source.batches,
-        desc="key statistics",
-        disable=not progress,
-        leave=False,
-    ):
-        ids = source.batch(index).to(device)
-        handles = [
-            projection.register_forward_pre_hook(partial(_add, totals[layer]))
-            for layer, projection in projections.items()
-        ]
-        try:
-            with captured(projections[last], stop=True):
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        count += ids.numel()
-        if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS:
-            _save_checkpoint(checkpoint, totals, index + 1, count)
-            written = time.monotonic()
-    return {layer: KeyStatistics(total, count) for layer, total in totals.items()}
-
-
-def _no_keys(projection: nn.Module) -> torch.Tensor:
-    weight, size = projection.weight, weight_shape(projection)[1]
-    assert isinstance(weight, torch.Tensor)
-    return working_precision(torch.zeros(size, size, device=weight.device))
-
-
-def _add(total: torch.Tensor, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    keys = working_precision(inputs[0]).reshape(-1, total.shape[0])  # (b T, m)
-    total.addmm_(keys.T, keys)
-
-
-def _save_checkpoint(path: Path, totals: dict[int, torch.Tensor], batches: int, count: int) -> None:
-    arrays: dict[str, Any] = {str(layer): total.cpu().numpy() for layer, total in totals.items()}
-    arrays |= {"batches": np.array(batches), "count": np.array(count)}
-    write_whole(path, lambda stream: np.savez(stream, **arrays))
-
-
-def _resume(path: Path | None, totals: dict[int, torch.Tensor]) -> tuple[int, int]:
-    if path is None or not path.is_file():
-        return 0, 0
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            saved = {layer: torch.from_numpy(file[str(layer)]) for layer in totals}
-            batches, count = int(file["batches"]), int(file["count"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        LOG.warning("%s: unreadable checkpoint (%s); starting over", path, error)
-        return 0, 0
-    for layer, total in totals.items():
-        total.copy_(saved[layer])
-    return batches, count

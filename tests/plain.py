@@ -108,11 +108,9 @@ def weight_of(projection: nn.Module) -> np.ndarray:
 
 
 def leverages(keys: np.ndarray, edited: np.ndarray, c0: np.ndarray, ridge: float) -> np.ndarray:
-    """(n,): the leverage score of keys (n, m) after edits of keys (r, m), in the metric A = (C0 + shrinkage)^-1.
-
-    No whitening: k^T A k is |w|^2, whichever square root of A makes w of k.
-    """
-    metric = np.linalg.inv(c0 + 1e-4 * np.trace(c0) / len(c0) * np.eye(len(c0)))  # (m, m)
+    """(n,): the leverage score of keys (n, m) after edits of keys (r, m), in the metric A = diag(C0 + a little)^-1."""
+    moments = np.diag(c0)
+    metric = np.diag(1 / (moments + 1e-4 * moments.mean()))  # (m, m)
     found = []
     unit = [k / np.sqrt(k @ metric @ k) for k in edited]
     gram = np.array([[p @ metric @ q for q in unit] for p in unit]).reshape(len(unit), len(unit))

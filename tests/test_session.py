@@ -251,7 +251,7 @@ def test_neither_batch_order_nor_padding_side_nor_micro_batches_change_what_is_w
                 assert found.alpha == pytest.approx(wanted.alpha, rel=1e-4)
                 assert found.ratio == pytest.approx(wanted.ratio, rel=1e-4)
         if scope == "leverage":
-            assert session.state.scope.threshold == pytest.approx(reference.state.scope.threshold, rel=1e-4)
+            assert session.state.scope.threshold == pytest.approx(reference.state.scope.threshold, rel=1e-3)
 
 
 def test_the_same_edits_give_the_same_bits_and_touch_no_random_state(start: Start, facts: Facts) -> None:
@@ -533,7 +533,7 @@ def test_what_comes_later_changes_no_answer(start: Start, facts: Facts, case: st
 def test_a_subject_that_comes_up_while_decoding_is_answered_as_in_a_whole_pass(
     start: Start, facts: Facts, case: str, pieces: str
 ) -> None:
-    session = start(case, **EASY)
+    session = start(case, **EASY, scope_budget=0.1)
     session.edit(facts)
     model, text = session.model, f"People say that {facts[0]['prompt']} old and {facts[1]['prompt']}"
     ids = torch.tensor([session.tokenizer(text)["input_ids"]])
@@ -1101,7 +1101,7 @@ def test_the_state_dict_holds_the_edits_beside_the_unchanged_base_weights(
     assert {name: bits(found[name]) for name in base} == base
     held = {
         "zscore": {layer: ["delta", "gate.alpha", "gate.ratio"] for layer in (1, 2)},
-        "leverage": {1: ["delta", "gate.whiten", "gate.explain", "gate.threshold"], 2: ["delta"]},
+        "leverage": {1: ["delta", "gate.scale", "gate.explain", "gate.threshold"], 2: ["delta"]},
     }[scope]
     names = {f"model.layers.{i}.mlp.down_proj.coachhook.{name}" for i in held for name in held[i]}
     assert set(found) - set(base) == names

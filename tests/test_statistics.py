@@ -16,7 +16,7 @@ import pytest
 import torch
 import zoo
 
-from coachhook_plugin import CoachHooKHparams, statistics
+from coachhook_plugin import CoachHooKHparams, collection, statistics
 from coachhook_plugin.architectures import model_parts, weight_shape
 from coachhook_plugin.statistics import (
     KeyStatistics,
@@ -72,13 +72,13 @@ def found(tokenizer: Any, settings: Callable[..., Any]) -> Callable[..., dict[in
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one number, the count of layers, each time text is run through the model."""
     collected: list[int] = []
-    real = statistics.collect
+    real = statistics.collected_sums
 
     def counting(model: Any, projections: dict[int, Any], *args: Any, **kwargs: Any) -> Any:
         collected.append(len(projections))
         return real(model, projections, *args, **kwargs)
 
-    monkeypatch.setattr(statistics, "collect", counting)
+    monkeypatch.setattr(statistics, "collected_sums", counting)
     return collected
 
 
@@ -310,18 +310,18 @@ def test_an_interrupted_collection_goes_on_where_it_was_and_ends_with_the_same_b
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(statistics, "CHECKPOINT_SECONDS", -1.0)  # after each batch
+    monkeypatch.setattr(collection, "CHECKPOINT_SECONDS", -1.0)  # after each batch
     undisturbed, one = found(tiny()), tiny()
     begun = cut_off(found, one, empty_cache)
     assert begun() == 3
-    assert [path.name.endswith(".partial.npz") for path in empty_cache.iterdir()] == [True]
+    assert [".partial-0-of-1" in path.name for path in empty_cache.iterdir()] == [True]
     projections = model_parts(one, zoo.hparams("-")).projections.values()
     assert not any(projection._forward_pre_hooks for projection in projections)
     assert same(found(one), undisturbed)
     batches = -(-(TOKENS // 128) // ROWS)
     assert batches == 3
     assert begun() == 4  # two batches before, one that was cut off and came again
-    assert not list(empty_cache.glob("*.partial.npz"))
+    assert not list(empty_cache.glob("*.partial*"))
 
 
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(
@@ -331,7 +331,7 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(statistics, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(collection, "CHECKPOINT_SECONDS", -1.0)
     undisturbed, one = found(tiny()), tiny()
     begun = cut_off(found, one, empty_cache)
     (checkpoint,) = empty_cache.iterdir()

@@ -1,7 +1,7 @@
 """The leverage scope: a token is answered if the edited keys account for enough of its key.
 
-Keys are compared in the coordinates that make pre-training keys white, w = L^-1 k with C0 = L L^T, where unrelated
-keys are nearly orthogonal. With the edited keys q_i scaled to length one there, Q = [q_1 ... q_r],
+Keys are compared with every neuron scaled to a mean square of one over pre-training text, w_i = k_i / sqrt(C0_ii),
+where unrelated keys are nearly orthogonal. With the edited keys q_i scaled to length one there, Q = [q_1 ... q_r],
 
     leverage(k) = w^T Q (eps I + Q^T Q)^-1 Q^T w / w^T w
 
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..memory import NOT_POSITIVE, context_mean, working_precision
+from ..memory import context_mean, working_precision
 from .gate import Gate, Scope
 
 WITNESSES = 512  # keys of edited facts that the threshold is taken from
 QUANTILE = 0.02  # of them may stay outside: the odd one must not open the scope for everything
 MARGIN = 1e-3  # relative, for sums that round differently in another batch layout
-SHRINKAGE = 1e-4  # ridge of C0, as a share of its mean diagonal
+SILENT = 1e-4  # added to every neuron's mean square, as a share of their mean: some never fired in the sample
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LeverageState:
     """What the edits so far have made of the scope."""
 
     edited: torch.Tensor  # (m, r): Q, or once r would exceed m, an (m, m) factor of Q Q^T
-    witnesses: torch.Tensor  # (w, m): white keys of edited facts in their contexts, a uniform sample
+    witnesses: torch.Tensor  # (w, m): scaled keys of edited facts in their contexts, a uniform sample
     lots: torch.Tensor  # (w,): the lots by which the sample was drawn
     seen: int  # keys the sample was drawn from
     threshold: float
@@ -54,18 +54,17 @@ class Decision:
 class LeverageGate(Gate):
     """Decides at the first edited layer."""
 
-    # Both up to one common factor, see `_scaled`.
-    whiten: torch.Tensor  # (m, m): L^-1
-    explain: torch.Tensor  # (r, m): F L^-1, see `explaining`
+    scale: torch.Tensor  # (m,): what makes w of k, up to a common factor
+    explain: torch.Tensor  # (r, m): F, see `explaining`; entries are at most 1, and 16 bits do for sums of m
     threshold: torch.Tensor  # ()
     growing = frozenset({"explain"})
 
-    def __init__(self, whiten: torch.Tensor, decision: Decision) -> None:
+    def __init__(self, scale: torch.Tensor, decision: Decision) -> None:
         super().__init__()
         self._decision = decision
-        self.register_buffer("whiten", whiten)
-        self.register_buffer("explain", whiten.new_zeros(0, whiten.shape[1]))
-        self.register_buffer("threshold", whiten.new_tensor(torch.inf))
+        self.register_buffer("scale", scale)
+        self.register_buffer("explain", torch.zeros(0, len(scale), dtype=torch.float16, device=scale.device))
+        self.register_buffer("threshold", scale.new_tensor(torch.inf))
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         self._decision.open = (self.margin(key, change) >= 1).unsqueeze(-1)
@@ -73,9 +72,10 @@ class LeverageGate(Gate):
 
     def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
         wide = torch.promote_types(key.dtype, torch.float32)
+        scaled = key * self.in_dtype("scale", key.dtype)
         explained, whole = (
-            torch.linalg.vector_norm(F.linear(key, self.in_dtype(name, key.dtype)), dim=-1, dtype=wide)
-            for name in ("explain", "whiten")
+            torch.linalg.vector_norm(part, dim=-1, dtype=wide)
+            for part in (F.linear(scaled, self.in_dtype("explain", key.dtype)), scaled)
         )
         share: torch.Tensor = (explained / whole.clamp(min=torch.finfo(wide).tiny)).square()  # 0 for a zero key
         return share / self.threshold
@@ -108,7 +108,7 @@ class LeverageScope(Scope):
 
     Args:
         layers: the edited layers.
-        c0: (m, m), E[k k^T] at the first of them.
+        moments: (m,), E[k_i^2] of each neuron at the first of them: the diagonal of C0.
         sample: (n, m), pre-training keys there.
         budget: share of pre-training tokens that may open.
         ridge: eps.
@@ -117,42 +117,44 @@ class LeverageScope(Scope):
     looks_ahead = False
 
     def __init__(
-        self, layers: list[int], c0: torch.Tensor, sample: torch.Tensor, budget: float, ridge: float, seed: int = 0
+        self,
+        layers: list[int],
+        moments: torch.Tensor,
+        sample: torch.Tensor,
+        budget: float,
+        ridge: float,
+        seed: int = 0,
     ) -> None:
         self.first, self.last = layers[0], layers[-1]
         self.budget, self.ridge, self.seed = budget, ridge, seed
-        self.whiten = whitening(c0).contiguous()  # (m, m), laid out as it comes back from a file
-        self._pre_training = (working_precision(sample.to(self.whiten.device)) @ self.whiten.T).float()  # (n, m)
+        self.scale = scaling(moments)  # (m,)
+        self._pre_training = (working_precision(sample.to(self.scale.device)) * self.scale).float()  # (n, m)
         self._decision = Decision()
 
     def initial(self) -> LeverageState:
-        m = len(self.whiten)
-        empty = self.whiten.new_zeros(0, m)
+        empty = self.scale.new_zeros(0, len(self.scale))
         return LeverageState(empty.T, empty.float(), torch.zeros(0), 0, torch.inf)
 
     def gate(self, layer: int) -> Gate:
         if layer == self.first:
-            return LeverageGate(self._scaled(self.whiten), self._decision)
+            in_range = self.scale / self.scale.max()  # in 16 bits too
+            return LeverageGate(in_range.float(), self._decision)
         return FollowingGate(self._decision, layer == self.last)
 
     def show(self, layer: int, gate: Gate, state: LeverageState) -> None:
         if isinstance(gate, LeverageGate):
-            device = gate.whiten.device
-            explain = explaining(state.edited, self.ridge) @ self.whiten  # (r, m)
-            gate.explain = self._scaled(explain).to(device)
+            gate.explain = self._explaining(state.edited).to(gate.scale.device)
             gate.threshold = torch.full_like(gate.threshold, state.threshold)
 
     def after_keys(self, state: LeverageState, keys: torch.Tensor) -> LeverageState:
-        keys = working_precision(keys.to(self.whiten.device))  # (u, c, m)
-        white = keys @ self.whiten.T
-        mean = context_mean(white)  # (u, m)
-        edited = torch.cat([state.edited, F.normalize(mean, dim=-1).T], dim=1)  # (m, r + u)
+        scaled = working_precision(keys.to(self.scale.device)) * self.scale  # (u, c, m)
+        edited = torch.cat([state.edited, F.normalize(context_mean(scaled), dim=-1).T], dim=1)  # (m, r + u)
         if edited.shape[1] > edited.shape[0]:
             edited = torch.linalg.qr(edited.T, mode="r").R.T  # (m, m), the same Q Q^T
-        witnesses, lots = self._sampled(state, white.flatten(0, 1).float())
-        explain = explaining(edited, self.ridge)
+        witnesses, lots = self._sampled(state, scaled.flatten(0, 1).float())
+        explain = self._explaining(edited)
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
-        return LeverageState(edited, witnesses, lots, state.seen + keys.shape[0] * keys.shape[1], threshold)
+        return LeverageState(edited, witnesses, lots, state.seen + scaled.shape[0] * scaled.shape[1], threshold)
 
     def asked(self, state: LeverageState) -> float:
         return state.threshold
@@ -168,7 +170,7 @@ class LeverageScope(Scope):
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def unpack(self, tensors: dict[str, torch.Tensor]) -> LeverageState:
-        device = self.whiten.device
+        device = self.scale.device
         return LeverageState(
             edited=tensors["edited"].T.contiguous().to(device),
             witnesses=tensors["witnesses"].to(device),
@@ -178,24 +180,24 @@ class LeverageScope(Scope):
         )
 
     def constants(self) -> dict[str, torch.Tensor]:
-        return {"whiten": self.whiten, "pre_training": self._pre_training}
+        return {"scale": self.scale, "pre_training": self._pre_training}
 
     @classmethod
     def of_constants(
         cls, layers: list[int], constants: dict[str, torch.Tensor], budget: float, ridge: float, seed: int
     ) -> LeverageScope:
         """The scope with these `constants`; without any it cannot learn, but its gates can be given buffers."""
-        scope = cls(layers, torch.eye(1), torch.ones(1, 1), budget, ridge, seed)
+        scope = cls(layers, torch.ones(1), torch.ones(1, 1), budget, ridge, seed)
         if constants:
-            scope.whiten, scope._pre_training = constants["whiten"], constants["pre_training"]
+            scope.scale, scope._pre_training = constants["scale"], constants["pre_training"]
         return scope
 
-    def _sampled(self, state: LeverageState, white: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Witnesses and their lots after `white` (n, m) came by: those with the lowest lots of all so far."""
+    def _sampled(self, state: LeverageState, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Witnesses and their lots after `keys` (n, m) came by: those with the lowest lots of all so far."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.seen)
-        lots = torch.cat([state.lots, torch.rand(len(white), generator=generator)])
+        lots = torch.cat([state.lots, torch.rand(len(keys), generator=generator)])
         kept = lots.argsort()[:WITNESSES].sort().values
-        return torch.cat([state.witnesses, white])[kept.to(white.device)], lots[kept]
+        return torch.cat([state.witnesses, keys])[kept.to(keys.device)], lots[kept]
 
     def _threshold(self, edited: torch.Tensor, pre_training: torch.Tensor) -> float:
         # The first value that leaves too many open, and a little more: keys can be equal (the first tokens of texts).
@@ -205,20 +207,14 @@ class LeverageScope(Scope):
         midway = torch.stack([low, excess]).logit(eps=1e-6).mean().sigmoid()
         return max(float(midway), floor)
 
-    def _scaled(self, matrix: torch.Tensor) -> torch.Tensor:
-        # So that the entries of both matrices fit 16 bits; their quotient does not notice.
-        return (matrix / self.whiten.abs().max()).float()
+    def _explaining(self, edited: torch.Tensor) -> torch.Tensor:
+        return explaining(edited, self.ridge).half().contiguous()  # as the gate has it, and a file gives it back
 
 
-def whitening(c0: torch.Tensor) -> torch.Tensor:
-    """L^-1 (m, m) with L L^T = C0 + a small ridge: the map to coordinates where pre-training keys are white."""
-    c0 = working_precision(c0)
-    identity = torch.eye(len(c0)).to(c0)
-    factor, info = torch.linalg.cholesky_ex(c0 + SHRINKAGE * c0.diagonal().mean() * identity)
-    if info.item() != 0:
-        raise ValueError(NOT_POSITIVE)
-    white: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return white
+def scaling(moments: torch.Tensor) -> torch.Tensor:
+    """(m,): the factors that give every neuron a mean square of one, for mean squares (m,)."""
+    moments = working_precision(moments)
+    return (moments + SILENT * moments.mean()).rsqrt()
 
 
 def explaining(edited: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -229,7 +225,7 @@ def explaining(edited: torch.Tensor, ridge: float) -> torch.Tensor:
     return explain
 
 
-def leverage(white: torch.Tensor, explain: torch.Tensor) -> torch.Tensor:
-    """(n,) leverage of white keys (n, m), for F = `explain` (r, m)."""
-    explained = (white @ explain.T.to(white)).square().sum(-1)
-    return explained / white.square().sum(-1).clamp(min=torch.finfo(white.dtype).tiny)
+def leverage(scaled: torch.Tensor, explain: torch.Tensor) -> torch.Tensor:
+    """(n,) leverage of scaled keys (n, m), for F = `explain` (r, m)."""
+    explained = (scaled @ explain.T.to(scaled)).square().sum(-1)
+    return explained / scaled.square().sum(-1).clamp(min=torch.finfo(scaled.dtype).tiny)

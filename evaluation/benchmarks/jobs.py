@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coachhook_plugin import CoachHooKHparams, EditSession
 from coachhook_plugin.architectures import key_size, model_parts
-from coachhook_plugin.statistics import collect
+from coachhook_plugin.collection import collected_sums
 from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
 
@@ -96,7 +96,7 @@ def key_statistics(model_name: str, tokens: int) -> dict[str, Any]:
     rows = torch.cat([source.batch(i) for i in range(source.batches)])
     with frozen(model):
         started = time.perf_counter()
-        found = collect(model, parts.projections, source, progress=False)
+        found = collected_sums(model, parts.projections, source, progress=False)
         ours = time.perf_counter() - started
         texts = [tokenizer.decode(row) for row in rows]
         theirs, count = toolkit_statistics(model, tokenizer, parts, hparams, texts)

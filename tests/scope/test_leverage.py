@@ -21,14 +21,14 @@ from coachhook_plugin.memory import context_mean
 from coachhook_plugin.scope import LeverageScope, LeverageState
 from coachhook_plugin.scope.leverage import (
     QUANTILE,
-    SHRINKAGE,
+    SILENT,
     WITNESSES,
     Decision,
     FollowingGate,
     LeverageGate,
     explaining,
     leverage,
-    whitening,
+    scaling,
 )
 
 M = 24
@@ -48,6 +48,15 @@ def second_moment(keys: np.ndarray) -> np.ndarray:
     return keys.T @ keys / len(keys)
 
 
+def moments_of(keys: np.ndarray) -> np.ndarray:
+    return (keys**2).mean(0)
+
+
+def scaled(keys: np.ndarray, text: np.ndarray) -> torch.Tensor:
+    """w (n, m) of keys (n, m)."""
+    return torch.tensor(keys) * scaling(torch.tensor(moments_of(text)))
+
+
 def facts_of(text: np.ndarray, seed: int, u: int, contexts: int, noise: float = 0.2) -> np.ndarray:
     """Keys (u, contexts, m) of subjects, each much the same in all its contexts; drawn as the text's are."""
     random = np.random.default_rng(seed)
@@ -56,7 +65,7 @@ def facts_of(text: np.ndarray, seed: int, u: int, contexts: int, noise: float = 
 
 
 def scope_of(text: np.ndarray, budget: float = 0.01, ridge: float = 0.1, seed: int = 0) -> LeverageScope:
-    return LeverageScope([3, 4], torch.tensor(second_moment(text)), torch.tensor(text).float(), budget, ridge, seed)
+    return LeverageScope([3, 4], torch.tensor(moments_of(text)), torch.tensor(text).float(), budget, ridge, seed)
 
 
 def after(scope: LeverageScope, *batches: np.ndarray) -> LeverageState:
@@ -88,14 +97,13 @@ def never() -> torch.Tensor:
 
 
 def by_regression(keys: np.ndarray, edited: np.ndarray, c0: np.ndarray, ridge: float) -> np.ndarray:
-    """w^T Q b / w^T w with b from ridge regression of w on Q, solved as least squares; w = (C0 + shrinkage)^-1/2 k."""
-    values, vectors = np.linalg.eigh(c0 + SHRINKAGE * np.trace(c0) / len(c0) * np.eye(len(c0)))
-    root = vectors @ np.diag(values**-0.5) @ vectors.T
-    q = np.array([root @ k / np.linalg.norm(root @ k) for k in edited]).reshape(-1, len(c0)).T  # (m, r)
+    """w^T Q b / w^T w with b from ridge regression of w on Q, solved as least squares; w_i = k_i / sqrt(C0_ii)."""
+    root = (np.diag(c0) + SILENT * np.trace(c0) / len(c0)) ** -0.5
+    q = np.array([root * k / np.linalg.norm(root * k) for k in edited]).reshape(-1, len(c0)).T  # (m, r)
     padded = np.vstack([q, np.sqrt(ridge) * np.eye(q.shape[1])])
     found = []
     for key in keys:
-        w = root @ key
+        w = root * key
         b = np.linalg.lstsq(padded, np.concatenate([w, np.zeros(q.shape[1])]), rcond=None)[0]
         found.append(w @ q @ b / (w @ w))
     return np.array(found)
@@ -118,50 +126,45 @@ def test_the_score_is_the_share_that_a_ridge_regression_on_the_edited_keys_expla
 ) -> None:
     text = of_text(seed, 300)
     c0, edited, keys = second_moment(text), text[:r], text[r : r + 20]
-    whiten = whitening(torch.tensor(c0))
-    q = nn.functional.normalize(torch.tensor(edited) @ whiten.T, dim=-1).T
-    found = leverage(torch.tensor(keys) @ whiten.T, explaining(q, ridge))
+    q = nn.functional.normalize(scaled(edited, text), dim=-1).T
+    found = leverage(scaled(keys, text), explaining(q, ridge))
     np.testing.assert_allclose(found.numpy(), by_regression(keys, edited, c0, ridge), rtol=1e-7, atol=1e-9)
     assert (found >= 0).all()
     assert (found <= 1).all()
 
 
-@given(SEEDS)
-def test_whitening_gives_pre_training_keys_the_identity_for_second_moment(seed: int) -> None:
-    text = of_text(seed, spread=1.0)
-    white = torch.tensor(text) @ whitening(torch.tensor(second_moment(text))).T
-    np.testing.assert_allclose(second_moment(white.numpy()), np.eye(M), atol=0.05)  # but for the shrinkage
+def test_scaling_gives_every_neuron_a_mean_square_of_one() -> None:
+    text = of_text(0, spread=1.0)
+    np.testing.assert_allclose(moments_of(scaled(text, text).numpy()), 1, rtol=1e-3)
 
 
-def test_neurons_that_never_fired_leave_whitening_finite_and_the_score_as_without_them() -> None:
+def test_neurons_that_never_fired_leave_scaling_finite_and_the_score_as_without_them() -> None:
     text = of_text(0, 300)
     silent = np.hstack([text, np.zeros((300, 3))])
-    whiten = whitening(torch.tensor(second_moment(silent)).float())
-    assert whiten.dtype == torch.float64
-    assert whiten.isfinite().all()
-    scope = scope_of(silent)
-    state = after(scope, silent[:2, None])
-    found = leverage(torch.tensor(silent[5:30]) @ whiten.T, explaining(state.edited, 0.1))
-    np.testing.assert_allclose(found.numpy(), leverages(text[5:30], text[:2], second_moment(text), 0.1), rtol=0.05)
+    scale = scaling(torch.tensor(moments_of(silent)).float())
+    assert scale.dtype == torch.float64
+    assert scale.isfinite().all()
+    state = after(scope_of(silent), silent[:2, None])
+    found = leverage(scaled(silent[5:30], silent), explaining(state.edited, 0.1))
+    np.testing.assert_allclose(found.numpy(), leverages(text[5:30], text[:2], second_moment(text), 0.1), rtol=1e-3)
 
 
 @given(SEEDS, RIDGES, st.sampled_from([1e-4, -1.0, 1e4]))
 def test_one_edited_key_alone_scores_by_the_ridge_whatever_its_length(seed: int, ridge: float, scale: float) -> None:
     text = of_text(seed)
     state = after(scope_of(text, ridge=ridge), text[:1, None])
-    whiten = whitening(torch.tensor(second_moment(text)))
-    found = leverage(scale * torch.tensor(text[:1]) @ whiten.T, explaining(state.edited, ridge))
+    found = leverage(scale * scaled(text[:1], text), explaining(state.edited, ridge))
     assert float(found) == pytest.approx(1 / (1 + ridge), rel=1e-6)
 
 
 def test_unrelated_keys_score_as_many_parts_of_the_key_as_were_edited() -> None:
     m, r = 64, 16
-    text = of_text(1, n=20_000, m=m)
-    whiten = whitening(torch.tensor(second_moment(text)))
+    random = np.random.default_rng(1)
+    text = random.normal(size=(20_000, m)) * np.logspace(1, -1, m)  # unrelated neurons, of any size
     state = after(scope_of(text, ridge=1e-6), text[:r, None])
-    found = leverage(torch.tensor(text[r:3000]) @ whiten.T, explaining(state.edited, 1e-6))
+    found = leverage(scaled(text[r:3000], text), explaining(state.edited, 1e-6))
     assert float(found.mean()) == pytest.approx(r / m, rel=0.15)
-    milder = leverage(torch.tensor(text[r:3000]) @ whiten.T, explaining(state.edited, 0.1))
+    milder = leverage(scaled(text[r:3000], text), explaining(state.edited, 0.1))
     assert float(milder.mean()) == pytest.approx(r / m / 1.1, rel=0.2)
 
 
@@ -176,7 +179,7 @@ def test_a_token_opens_exactly_when_its_score_reaches_the_threshold(
     text = of_text(seed, 500)
     facts = facts_of(text, seed, u, contexts)
     scope = scope_of(text, ridge=ridge)
-    # Midway between two scores, so that some of each are there and none is a tie.
+    # Midway between two scores, so that some of each are there and none is a tie (the gate keeps 16 bits).
     keys = np.concatenate([text[:40], facts.reshape(-1, M)[:20]])
     means = context_mean(torch.tensor(facts)).numpy()
     scores = by_regression(keys, means, second_moment(text), ridge)
@@ -186,7 +189,10 @@ def test_a_token_opens_exactly_when_its_score_reaches_the_threshold(
     assert opens(gate, keys).tolist() == (scores >= middle[at + 1] - 1e-12).tolist()
 
 
-@given(SEEDS, st.integers(1, 12), st.integers(1, 3), st.sampled_from([0.002, 0.01, 0.1, 0.5]), RIDGES)
+# Not with the smallest ridge: near a score of one, 16 bits move the log odds.
+@given(
+    SEEDS, st.integers(1, 12), st.integers(1, 3), st.sampled_from([0.002, 0.01, 0.1, 0.5]), st.just(0.1) | st.just(1.0)
+)
 @settings(max_examples=50)
 def test_the_threshold_lies_midway_and_never_below_what_the_budget_allows(
     seed: int, u: int, contexts: int, budget: float, ridge: float
@@ -199,8 +205,8 @@ def test_the_threshold_lies_midway_and_never_below_what_the_budget_allows(
     first_too_many = np.sort(of_rest)[::-1][int(budget * len(text))]
     low, floor = (np.clip(q, 1e-6, 1 - 1e-6) for q in (np.quantile(of_facts, 0.02), first_too_many))
     odds = np.sqrt(low / (1 - low) * floor / (1 - floor))
-    assert found == pytest.approx(max(odds / (1 + odds), first_too_many * 1.001), rel=1e-5)
-    assert found > floor
+    assert found == pytest.approx(max(odds / (1 + odds), first_too_many * 1.001), rel=5e-3)
+    assert found > floor * (1 - 1e-3)
 
 
 @given(SEEDS, st.sampled_from([0.002, 0.01, 0.1]), st.integers(1, 40), st.floats(0, 3))
@@ -325,7 +331,7 @@ def test_other_precisions_decide_as_float32_away_from_the_threshold(dtype: torch
     gate = showing(scope, state)
     keys = np.concatenate([text, facts.reshape(-1, 64)])
     exact = leverages(keys, context_mean(torch.tensor(facts)).numpy(), second_moment(text), 0.1)
-    away = np.abs(np.log(exact / state.threshold)) > {torch.float16: 0.1, torch.bfloat16: 0.3}.get(dtype, 1e-3)
+    away = np.abs(exact - state.threshold) > {torch.float16: 0.01, torch.bfloat16: 0.05}.get(dtype, 2e-3)
     assert 20 < (exact[away] > state.threshold).sum() < 300
     if moved:
         gate = gate.to(dtype)
@@ -338,8 +344,8 @@ def test_other_precisions_decide_as_float32_away_from_the_threshold(dtype: torch
 
 def test_more_edits_than_the_key_has_entries_are_kept_in_a_square_and_score_the_same() -> None:
     text = of_text(1)
-    scope, whiten = scope_of(text), whitening(torch.tensor(second_moment(text)))
-    state, keys = scope.initial(), torch.tensor(text[500:600]) @ whiten.T
+    scope, keys = scope_of(text), scaled(text[500:600], text)
+    state = scope.initial()
     for first in range(0, 91, 13):
         state = scope.after_keys(state, torch.tensor(text[first : first + 13, None]))
         r = first + 13
@@ -361,7 +367,7 @@ def test_how_edits_come_in_batches_and_in_which_order_changes_nothing(seed: int,
     random.shuffle(order)
     at_once = after(scope, facts)
     parts = after(scope, *[facts[part] for part in (order[:cut], order[cut:]) if part])
-    assert parts.threshold == pytest.approx(at_once.threshold, rel=1e-4)
+    assert parts.threshold == pytest.approx(at_once.threshold, rel=2e-3)
     assert parts.seen == at_once.seen == 3 * u
     one, other = (explaining(state.edited, 0.1) for state in (at_once, parts))
     torch.testing.assert_close(one.T @ one, other.T @ other, rtol=1e-6, atol=1e-6)
@@ -369,7 +375,7 @@ def test_how_edits_come_in_batches_and_in_which_order_changes_nothing(seed: int,
 
 def sample_of(seed: int, sizes: Sequence[int]) -> list[int]:
     """Numbers of the keys that were sampled, of batches of so many one-context facts; key number i is e_(i mod m)."""
-    scope = LeverageScope([0, 1], torch.eye(40), torch.eye(40), 0.1, 0.1, seed)
+    scope = LeverageScope([0, 1], torch.ones(40), torch.eye(40), 0.1, 0.1, seed)
     state, done = scope.initial(), 0
     for size in sizes:
         state = scope.after_keys(state, torch.eye(40)[done : done + size, None])
@@ -399,7 +405,7 @@ def test_the_sample_holds_every_key_until_it_is_full_and_then_stays() -> None:
     text = of_text(0)
     scope = scope_of(text)
     state, seen = scope.initial(), 0
-    white = torch.tensor(text) @ whitening(torch.tensor(second_moment(text))).T
+    comparable = scaled(text, text).float()
     for u in (10, 90, 70, 200, 1):
         keys = text[seen : seen + 3 * u].reshape(u, 3, M)
         earlier = told(state), state
@@ -409,8 +415,8 @@ def test_the_sample_holds_every_key_until_it_is_full_and_then_stays() -> None:
         assert len(state.witnesses) == len(state.lots) == min(seen, WITNESSES)
         assert state.seen == seen
         if seen <= WITNESSES:
-            torch.testing.assert_close(state.witnesses, white[:seen].float())
-    rows = {bits(row) for row in white.float()}
+            torch.testing.assert_close(state.witnesses, comparable[:seen])
+    rows = {bits(row) for row in comparable}
     assert all(bits(row) in rows for row in state.witnesses)  # keys that came, and nothing else
 
 
@@ -485,8 +491,3 @@ def test_the_state_shown_is_the_one_decided_by() -> None:
     for number in (1, 2, 0, 1):
         scope.show(3, gate, states[number])
         assert [bits(tensor) for tensor in gate.state_dict().values()] == seen[number]
-
-
-def test_a_covariance_that_is_none_ends_in_a_clear_error() -> None:
-    with pytest.raises(ValueError, match="not positive definite"):
-        whitening(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))

@@ -1,0 +1,156 @@
+"""Sums over pre-training keys: one pass over the text for all edited layers, by one process or by several.
+
+Processes share the work where `torch.distributed` is initialised (`torchrun`, `accelerate launch`): each takes every
+n-th batch of the text, and the sums are added up. Every process ends with the same sums.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from tqdm.auto import tqdm
+
+from .architectures import weight_shape
+from .cache import write_whole
+from .memory import working_precision
+from .text import TextSource
+from .trace import captured
+
+LOG = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the text is this process's."""
+
+    rank: int = 0
+    processes: int = 1
+
+    @classmethod
+    def of_this_process(cls) -> Share:
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+class KeySums:
+    """Running sums over the keys of one layer."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.total = working_precision(torch.zeros(size, size, device=device))  # (m, m): k k^T
+        self.moments = working_precision(torch.zeros(2, device=device))  # number of keys, ||k||^4
+
+    @property
+    def count(self) -> int:
+        return int(self.moments[0])
+
+    @property
+    def fourth(self) -> float:
+        return float(self.moments[1])
+
+    def add(self, keys: torch.Tensor) -> None:
+        """Take keys (..., m) in: the product of a batch in float32, which is quick, their sum in float64."""
+        keys = keys.reshape(-1, len(self.total)).float()
+        self.total += keys.T @ keys
+        self.moments[0] += len(keys)
+        self.moments[1] += keys.square().sum(-1).square().sum()
+
+    def add_up(self) -> None:
+        """Make these the sums over the keys of all processes."""
+        distributed.all_reduce(self.total)
+        distributed.all_reduce(self.moments)
+
+
+@torch.no_grad()
+def collected_sums(
+    model: nn.Module,
+    projections: dict[int, nn.Module],
+    source: TextSource,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> dict[int, KeySums]:
+    """Sum over the keys at every projection in one pass over the text, which stops after the last of them.
+
+    An interrupted pass goes on from `checkpoint` (each process has its own), which is written about once a minute.
+    """
+    device, share = next(model.parameters()).device, Share.of_this_process()
+    if checkpoint is not None:
+        checkpoint = checkpoint.with_name(f"{checkpoint.name}-{share.rank}-of-{share.processes}.npz")
+    sums = {layer: KeySums(weight_shape(p)[1], _device_of(p)) for layer, p in projections.items()}
+    mine = range(share.rank, source.batches, share.processes)
+    done = _resume(checkpoint, sums)
+    last = max(projections)
+    written = time.monotonic()
+    for number, index in enumerate(
+        tqdm(mine[done:], initial=done, total=len(mine), desc="key statistics", disable=not progress, leave=False), 1
+    ):
+        ids = source.batch(index).to(device)
+        handles = [p.register_forward_pre_hook(partial(_add, sums[layer])) for layer, p in projections.items()]
+        try:
+            with captured(projections[last], stop=True):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS:
+            _save_checkpoint(checkpoint, sums, done + number)
+            written = time.monotonic()
+    if share.processes > 1:
+        for of_layer in sums.values():
+            of_layer.add_up()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return sums
+
+
+def _device_of(projection: nn.Module) -> torch.device:
+    weight = projection.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
+def _add(sums: KeySums, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    sums.add(inputs[0])
+
+
+def _save_checkpoint(path: Path, sums: dict[int, KeySums], batches: int) -> None:
+    arrays: dict[str, Any] = {"batches": np.array(batches)}
+    for layer, of_layer in sums.items():
+        arrays[f"total.{layer}"] = of_layer.total.cpu().numpy()
+        arrays[f"moments.{layer}"] = of_layer.moments.cpu().numpy()
+    write_whole(path, lambda stream: np.savez(stream, **arrays))
+
+
+def _resume(path: Path | None, sums: dict[int, KeySums]) -> int:
+    """Take the sums of an interrupted pass; returns how many batches are in them."""
+    if path is None or not path.is_file():
+        return 0
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = {
+                layer: (torch.from_numpy(file[f"total.{layer}"]), torch.from_numpy(file[f"moments.{layer}"]))
+                for layer in sums
+            }
+            batches = int(file["batches"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        LOG.warning("%s: unreadable checkpoint (%s); starting over", path, error)
+        return 0
+    for layer, (total, moments) in saved.items():
+        sums[layer].total.copy_(total)
+        sums[layer].moments.copy_(moments)
+    return batches
