@@ -31,6 +31,11 @@ class Edit:
     def in_force(self) -> bool:
         return self.status == "in force"
 
+    @property
+    def place(self) -> int:
+        """Of the fact in its batch, from 0."""
+        return int(self.id.rpartition("-")[2]) - 1
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

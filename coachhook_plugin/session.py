@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,10 +31,10 @@ from torch import nn
 from . import memory, probe, statistics, store
 from .activations import subject_keys, subject_values
 from .architectures import context_length, key_size, model_parts, weight_shape
+from .attachment import Attachment
 from .fingerprint import weights_fingerprint
-from .hook import HookLayer, Mode
+from .hook import Mode
 from .hparams import CoachHooKHparams
-from .in_place import InPlaceLayer
 from .ledger import Edit, Ledger, lines_of_batch, to_forget, with_lines
 from .memory import KeyMemory
 from .sampling import context_prefixes
@@ -52,6 +51,7 @@ from .trace import frozen
 LOG = logging.getLogger(__name__)
 
 ATTRIBUTE = "_coachhook_session"  # where a model keeps its session; deepcopy takes it along
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ class EditSession:
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
         self._comparison = Comparison()
-        self._hooks: dict[int, HookLayer] = {}
-        self._written: dict[int, InPlaceLayer] = {}
+        self._attached = Attachment(self._parts.projections)
         self._journal = Journal.start(hparams.session_dir) if hparams.session_dir else None
         object.__setattr__(model, ATTRIBUTE, self)
 
@@ -150,7 +149,7 @@ class EditSession:
             (T,): score over what is asked, the largest of all edited layers; tokens with 1 and more are answered by
             the edits. Without edits or hook layers -inf.
         """
-        return probe.margins(self.model, self._parts, self._hooks, ids)
+        return probe.margins(self.model, self._parts, self._attached.hooks, ids)
 
     def kept_bytes(self) -> int:
         """Memory held for the edits, beside the model's own weights; bounded, however many they are."""
@@ -159,8 +158,7 @@ class EditSession:
         tensors = [value for holder in holders if holder is not None for value in vars(holder).values()]
         tensors += [layer.memory.matrix for layer in state.layers.values() if layer.memory is not None]
         tensors += [] if state.history is None else state.history.tensors()
-        tensors += [buffer for hook in self._hooks.values() for buffer in hook.buffers()]
-        tensors += [written.original for written in self._written.values()]
+        tensors += self._attached.tensors()
         stored = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
         return sum(stored.values())
 
@@ -181,12 +179,12 @@ class EditSession:
         parsed = self.check(requests, first)
         before = self.state
         try:
-            self._attach()
+            self._attached.attach(self._scope)
             with frozen(self.model):
                 targets, factors, layers, scope = self._written_batch(parsed, first)
                 in_scope = [
                     self._scope is None
-                    or probe.opens(self.model, self._parts, self._hooks, self._encoder, request, place)
+                    or probe.opens(self.model, self._parts, self._attached.hooks, self._encoder, request, place)
                     for place, request in enumerate(parsed, first)
                 ]
             asked = None if self._scope is None else self._scope.asked(scope)
@@ -239,15 +237,15 @@ class EditSession:
         self._check_editable()
         before = self.state
         gone = to_forget(before.ledger, edit_ids)
-        factors = self._factors_of(gone)
-        kept_on = {layer: of.delta.device for layer, of in before.layers.items()}
-        layers = {i: factors[i].on(kept_on[i]).written(of, -1) for i, of in before.layers.items()}
+        assert before.history is not None
+        factors = before.history.factors_of(gone)
+        layers = {layer: factors[layer].on(of.delta.device).written(of, -1) for layer, of in before.layers.items()}
         step = before.step + 1
         lines = tuple(replace(edit, status="forgotten", by=str(step)) for edit in gone if edit.in_force)
         try:
-            self._attach()
+            self._attached.attach(self._scope)
             for layer, of in layers.items():
-                self._show(layer, of)
+                self._attached.show(layer, of.delta)
             forgotten = {line.id for line in lines}
             left = [edit for edit in before.ledger if edit.in_force and edit.id not in forgotten]
             with frozen(self.model):
@@ -355,7 +353,7 @@ class EditSession:
             session._scope = session._loaded_scope(contents.constants)
             session._take(session._placed(contents.snapshot, contents.history))
             for layer, buffers in (contents.gates or {}).items():
-                session._hooks[layer].gate.fill(buffers)
+                session._attached.hooks[layer].gate.fill(buffers)
         except BaseException:
             session.detach()
             raise
@@ -370,7 +368,7 @@ class EditSession:
     def detach(self) -> None:
         """Take everything off the model: its modules, hooks and weights are exactly as they were found."""
         self.close()
-        self._release()
+        self._attached.release()
         self._state = None
         if EditSession.of(self.model) is self:
             delattr(self.model, ATTRIBUTE)
@@ -378,20 +376,8 @@ class EditSession:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model inside the `with` body; afterwards what was there before."""
-        modes = {layer: hook.mode for layer, hook in self._hooks.items()}
-        shown = [layer for layer, written in self._written.items() if not written.hidden]
-        self._set_mode(Mode.OFF)
-        for layer in shown:
-            self._written[layer].hide()
-        try:
+        with self._attached.disabled():
             yield
-        finally:
-            for layer, mode in modes.items():
-                if layer in self._hooks:
-                    self._hooks[layer].mode = mode
-            for layer in shown:
-                if layer in self._written:
-                    self._written[layer].show()
 
     def _check_living(self) -> None:
         if EditSession.of(self.model) is not self:
@@ -420,14 +406,14 @@ class EditSession:
     def _set(self, state: SessionState) -> None:
         self._state = state
         if not state.edits:
-            self._release()
+            self._attached.release()
             return
-        self._attach()
+        self._attached.attach(self._scope)
         for layer in self._layers:
-            self._show(layer, state.layers[layer])
+            self._attached.show(layer, state.layers[layer].delta)
         if state.scope is not None:
-            self._show_scope(state.scope)
-        self._set_mode(Mode.VALIDATED)
+            self._attached.show_scope(state.scope)
+        self._attached.set_mode(Mode.VALIDATED)
 
     def _next(
         self,
@@ -439,13 +425,8 @@ class EditSession:
         sign: int = 1,
     ) -> SessionState:
         """The state one step after `before`."""
-        cpu = torch.device("cpu")
-        step = Step(
-            layers={layer: of.on(cpu) for layer, of in factors.items()},
-            scope=changes(self._packed(before.scope), self._packed(scope)),
-            lines=lines,
-            sign=sign,
-        )
+        told = changes(self._packed(before.scope), self._packed(scope))
+        step = Step({layer: of.on(CPU) for layer, of in factors.items()}, told, lines, sign)
         assert before.history is not None
         history = before.history.followed(step, self.hparams.history_steps)
         return SessionState(layers, scope, with_lines(before.ledger, lines), before.step + 1, history)
@@ -460,25 +441,6 @@ class EditSession:
         scope = self._scope.unpack(snapshot.scope) if self._scope is not None and snapshot.scope else None
         return SessionState(layers, scope, snapshot.ledger, snapshot.step, history)
 
-    def _factors_of(self, edits: Sequence[Edit]) -> dict[int, Factors]:
-        """What these edits wrote, by layer."""
-        history = self.state.history
-        assert history is not None
-        old = [edit.id for edit in edits if edit.step <= history.base.step]
-        if old:
-            raise ValueError(
-                f"edit_ids: {', '.join(old)} can no longer be told apart from the other edits of that time; only the "
-                f"steps after {history.base.step} can (raise history_steps before editing)"
-            )
-        columns: dict[int, list[int]] = {}
-        for edit in edits:
-            columns.setdefault(edit.step, []).append(int(edit.id.rpartition("-")[2]) - 1)
-        steps = {number: history.steps[number - history.base.step - 1] for number in columns}
-        return {
-            layer: Factors.joined(steps[number].layers[layer].columns(which) for number, which in columns.items())
-            for layer in self._layers
-        }
-
     def _scope_of(self, edits: Sequence[Edit]) -> ScopeState:
         """The scope's state had only these edits been made, whose Delta is in force."""
         if self._scope is None:
@@ -487,11 +449,11 @@ class EditSession:
         if not edits:
             return scope
         requests = [Request(edit.prompt, edit.subject, edit.target_new) for edit in edits]
-        self._set_mode(Mode.VALIDATED)
+        self._attached.set_mode(Mode.VALIDATED)
         for _, batch in groupby(zip(edits, requests, strict=True), key=lambda pair: pair[0].step):
             keys = self._keys(self._layers[0], [request for _, request in batch])
             scope = self._told(self._scope.after_keys(scope, keys))
-        self._show_scope(scope)
+        self._attached.show_scope(scope)
         return self._looked_ahead(scope, requests)
 
     def _told(self, scope: ScopeState) -> ScopeState:
@@ -504,12 +466,12 @@ class EditSession:
         if self._scope is None or not self._looks_ahead:
             return scope
         for layer in self._layers:
-            gate, projection = self._hooks[layer].gate, self._parts.projections[layer]
+            gate, projection = self._attached.hooks[layer].gate, self._parts.projections[layer]
             assert isinstance(gate, ZScoreGate)
             budget = self.hparams.target_tokens
             norms = probe.change_norms(self.model, projection, gate, self._encoder, requests, budget)
             scope = self._scope.after_write(layer, scope, *norms)
-            self._show_scope(scope)
+            self._attached.show_scope(scope)
         return scope
 
     def _fingerprint(self) -> str:
@@ -526,7 +488,7 @@ class EditSession:
             base_model=named,
             dtype=str(next(iter(self._parts.projections.values())).weight.dtype).removeprefix("torch."),
             fingerprint=self._fingerprint(),
-            gates={layer: dict(hook.gate.named_buffers()) for layer, hook in self._hooks.items()},
+            gates={layer: dict(hook.gate.named_buffers()) for layer, hook in self._attached.hooks.items()},
             constants={} if self._scope is None else self._scope.constants(),
         )
 
@@ -539,14 +501,14 @@ class EditSession:
         # Layers written towards one target; the last of them is where it stands.
         groups = [self._layers] if self.hparams.spread == "mean" else [[layer] for layer in self._layers]
         for group in groups:
-            self._set_mode(Mode.VALIDATED)
+            self._attached.set_mode(Mode.VALIDATED)
             targets = self._targets(requests, group[-1], first)
-            self._set_mode(Mode.TEMPORARY, group)
+            self._attached.set_mode(Mode.TEMPORARY, group)
             for i, layer in enumerate(group):
                 keys = self._keys(layer, requests)
                 if layer == self._layers[0] and self._scope is not None:
                     scope = self._told(self._scope.after_keys(scope, keys))
-                    self._show_scope(scope)
+                    self._attached.show_scope(scope)
                 factors[layer] = self._factors(layer, layers[layer], requests, keys, targets, group[i:])
                 layers[layer] = self._write(layer, layers[layer], factors[layer])
         return targets, factors, layers, self._looked_ahead(scope, requests)
@@ -606,9 +568,8 @@ class EditSession:
                 f"the update of layer {layer} is not finite, and nothing was written; raise mom2_update_weight, or "
                 "load the model in a wider dtype"
             )
-        self._show(layer, state)
-        if layer in self._hooks:
-            self._hooks[layer].mode = Mode.VALIDATED
+        self._attached.show(layer, state.delta)
+        self._attached.set_mode(Mode.VALIDATED, [layer])
         return state
 
     def _initial_state(self) -> SessionState:
@@ -626,8 +587,7 @@ class EditSession:
                 )
             self._scope = self._new_scope(found, text) if self.hparams.use_hooks else None
         scope = None if self._scope is None else self._scope.initial()
-        cpu = torch.device("cpu")
-        base = Snapshot({layer: of.on(cpu) for layer, of in layers.items()}, self._packed(scope))
+        base = Snapshot({layer: of.on(CPU) for layer, of in layers.items()}, self._packed(scope))
         return SessionState(layers, scope, history=History(base))
 
     def _new_scope(self, found: dict[int, statistics.KeyStatistics], text: Callable[[], TextSource]) -> Scope:
@@ -652,46 +612,6 @@ class EditSession:
         return LeverageScope.of_constants(
             self._layers, constants, hparams.scope_budget, hparams.scope_ridge, hparams.seed
         )
-
-    def _attach(self) -> None:
-        """Hang hook layers as they are before any edit, where there are none."""
-        if self._hooks or self._written:
-            return
-        if self._scope is None:
-            self._written = {layer: InPlaceLayer(base) for layer, base in self._parts.projections.items()}
-            return
-        self._scope.attach()
-        for layer, projection in self._parts.projections.items():
-            self._hooks[layer] = HookLayer(projection, self._scope.gate(layer))
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled before does not look for new hooks
-
-    def _release(self) -> None:
-        for layer, hook in self._hooks.items():
-            hook.remove_from(self._parts.projections[layer])
-        for written in self._written.values():
-            written.remove()
-        if self._scope is not None:
-            self._scope.release()
-        self._hooks, self._written = {}, {}
-
-    def _show(self, layer: int, state: LayerState) -> None:
-        """Let the model answer with this state of a layer."""
-        if layer in self._hooks:
-            self._hooks[layer].write(state.delta)
-        else:
-            self._written[layer].write(state.delta)
-
-    def _show_scope(self, state: ScopeState) -> None:
-        """Let the hook layers decide by this state of the scope."""
-        for layer, hook in self._hooks.items():
-            assert self._scope is not None
-            self._scope.show(layer, hook.gate, state)
-
-    def _set_mode(self, mode: Mode, layers: Sequence[int] | None = None) -> None:
-        for layer, hook in self._hooks.items():
-            if layers is None or layer in layers:
-                hook.mode = mode
 
 
 def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, progress: bool = True) -> EditSession:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import memory
-from .ledger import Ledger, with_lines
+from .ledger import Edit, Ledger, with_lines
 from .memory import KeyMemory
 
 Tensors = dict[str, torch.Tensor]
@@ -143,6 +143,26 @@ class History:
             return None
         steps = (*self.folded, *(step.for_answers() for step in self.steps))
         return steps if is_smaller(steps, self.base) else None
+
+    def factors_of(self, edits: Iterable[Edit]) -> dict[int, Factors]:
+        """What these edits wrote, by layer.
+
+        Raises:
+            ValueError: an edit of a step that is part of `base`, where it cannot be told from the others.
+        """
+        columns: dict[int, list[int]] = {}
+        for edit in edits:
+            if edit.step <= self.base.step:
+                raise ValueError(
+                    f"edit_ids: {edit.id!r} can no longer be told apart from the other edits of its time, only those "
+                    f"after step {self.base.step} can; history_steps says how many are kept"
+                )
+            columns.setdefault(edit.step, []).append(edit.place)
+        steps = {number: self.steps[number - self.base.step - 1] for number in columns}
+        return {
+            layer: Factors.joined(steps[number].layers[layer].columns(which) for number, which in columns.items())
+            for layer in self.base.layers
+        }
 
     def tensors(self) -> list[torch.Tensor]:
         kept: list[torch.Tensor] = [*self.base.scope.values()]
