@@ -359,6 +359,22 @@ class EditSession:
             raise
         return session
 
+    def keep_in(self, folder: str | Path) -> None:
+        """Write everything so far, and every further batch before `edit` returns, to a folder without edits.
+
+        Raises:
+            ValueError: the folder holds edits, another session writes to it, or it cannot be written.
+        """
+        self._check_editable()
+        journal = Journal.start(folder)
+        try:
+            journal.sync(self.state, self._record)
+        except BaseException:
+            journal.close()
+            raise
+        self.close()
+        self._journal = journal
+
     def close(self) -> None:
         """Stop writing to the session's folder and leave it to others; the edits stay in force, in memory."""
         if self._journal is not None:

@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,15 +212,15 @@ def _tell_stats(answer: Answer) -> str:
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
-    session = _resumed(options)
-    session.rollback(options.to)
-    return _state(options, session)
+    with _resumed(options) as session:
+        session.rollback(options.to)
+        return _state(options, session)
 
 
 def _forget(options: argparse.Namespace) -> Answer:
-    session = _resumed(options)
-    lines = session.forget(options.ids)
-    return _state(options, session) | {"forgotten": [line.id for line in lines]}
+    with _resumed(options) as session:
+        lines = session.forget(options.ids)
+        return _state(options, session) | {"forgotten": [line.id for line in lines]}
 
 
 def _tell_state(answer: Answer) -> str:
@@ -258,14 +259,18 @@ def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(name)
 
 
-def _resumed(options: argparse.Namespace) -> EditSession:
+@contextmanager
+def _resumed(options: argparse.Namespace) -> Iterator[EditSession]:
     manifest = Manifest.read(options.folder)
     model, tokenizer = _loaded(options.model or manifest.base_model, manifest.dtype, options.device)
-    return EditSession.resume(options.folder, model, tokenizer, progress=not options.quiet)
+    session = EditSession.resume(options.folder, model, tokenizer, progress=not options.quiet)
+    try:
+        yield session
+    finally:
+        session.close()
 
 
 def _state(options: argparse.Namespace, session: EditSession) -> Answer:
-    session.close()
     return {"folder": str(options.folder), "in_force": len(session), "step": session.state.step}
 
 
