@@ -138,26 +138,24 @@ def test_the_scope_is_as_if_the_forgotten_facts_had_not_been_there(start: Start,
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_a_forgotten_fact_is_answered_as_before_and_the_others_stay(taught: Start, case: str) -> None:
-    session, known = taught(case, scope_budget=0.002), lessons(0)
-    new = [lessons(1)[i] for i in (0, 4, 8)]  # of three subjects
-    old = [known[i] for i in (0, 4, 8)]
-    prompts = [fact["prompt"] for fact in new]
+    session = taught(case)
+    first, second, known = lessons(1)[::7], lessons(2)[1::9], lessons(0)[::7]
 
-    def said() -> list[str]:
-        logits = logits_of(session.model, session.tokenizer, prompts)
-        return [session.tokenizer.decode(row[-1].argmax()).strip() for row in logits]
+    def chances(facts: Facts) -> list[float]:
+        logits = logits_of(session.model, session.tokenizer, [fact["prompt"] for fact in facts])
+        tokens = [session.tokenizer(" " + fact["target_new"])["input_ids"][0] for fact in facts]
+        return [float(row[-1].softmax(-1)[token]) for row, token in zip(logits, tokens, strict=True)]
 
-    base = [bits(row[-1]) for row in logits_of(session.model, session.tokenizer, prompts)]
-    assert said() == [fact["target_new"] for fact in old]
-    for fact in new:
-        session.edit([fact])
-    assert said() == [fact["target_new"] for fact in new]
-    session.forget(["2-1"])
-    assert said() == [new[0]["target_new"], old[1]["target_new"], new[2]["target_new"]]
-    session.rollback(to=3)
-    assert said() == [fact["target_new"] for fact in new]
-    session.forget(["1-1", "2-1", "3-1"])
-    assert [bits(row[-1]) for row in logits_of(session.model, session.tokenizer, prompts)] == base
+    assert min(chances(known)) > 0.9
+    session.edit(first)
+    session.edit(second)
+    before = chances(first), chances(second)
+    session.forget(["1-1", "1-3"])
+    new, old, others = chances(first), chances(known), [*chances(first)[1::2], *chances(second)]
+    assert max(before[0][0], before[0][2]) > 0.7
+    assert max(new[0], new[2]) < 0.1
+    assert min(old[0], old[2]) > 0.7
+    assert np.mean(others) > 0.8 * np.mean([*before[0][1::2], *before[1]])
 
 
 @SCOPES
