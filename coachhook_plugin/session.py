@@ -218,6 +218,7 @@ class EditSession:
         self._encoder.check_lengths(parsed, self.prefixes, first)
         return parsed
 
+    @torch.inference_mode(False)  # as in `edit`, which goes on from what this makes
     def forget(self, edit_ids: Iterable[str]) -> Ledger:
         """Take single facts back, and with each what it superseded; the other edits stay.
 
@@ -256,6 +257,7 @@ class EditSession:
             raise
         return lines
 
+    @torch.inference_mode(False)
     def rollback(self, to: int) -> None:
         """Return to the state after step `to`, bit for bit; 0 is the beginning. Later steps leave the ledger, too.
 
@@ -339,6 +341,7 @@ class EditSession:
         return session
 
     @classmethod
+    @torch.inference_mode(False)
     def of_contents(cls, contents: Contents, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:
         """The session that a folder tells of, in memory; see `load_edits`."""
         session = cls(model, tokenizer, contents.hparams, progress)
