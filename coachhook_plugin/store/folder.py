@@ -128,13 +128,8 @@ def read(folder: Path) -> Contents:
         if Manifest.read(folder).digest == manifest.digest:
             raise
         return read(folder)  # its session has written all files anew in between
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        IndexError,
-        RuntimeError,
-    ) as error:  # checksums are right: written by other code
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        # The checksums are right, so it was written like that.
         raise FolderError(f"{folder}: its files do not fit together ({type(error).__name__}: {error})") from error
 
 
