@@ -68,7 +68,8 @@ def write_text(path: Path, text: str) -> None:
 
 def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
     # Copies, because arithmetic may round differently on memory that is aligned differently.
-    return {name: tensor.clone() for name, tensor in load(data).items()}
+    found = load(data)
+    return {name: found.pop(name).clone() for name in list(found)}
 
 
 def sha256(path: Path) -> str:

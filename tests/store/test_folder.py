@@ -194,12 +194,12 @@ def test_a_folder_that_is_written_anew_while_it_is_read_is_read_again(
 def test_editing_goes_on_from_what_was_loaded_and_forgotten_in_inference_mode(
     start: Start, tiny: Any, facts: Facts, tmp_path: Path, inference: bool
 ) -> None:
-    session = start()
+    session, model = start(), tiny()
     with torch.inference_mode(inference):
         session.edit(facts[:2])
         session.forget(["1-1"])
         session.save(tmp_path)
-        other = load_edits(tiny(), tmp_path, session.tokenizer, progress=False)
+        other = load_edits(model, tmp_path, session.tokenizer, progress=False)
         other.rollback(to=1)
     other.edit(facts[2:])
     session.rollback(to=1)
