@@ -6,7 +6,9 @@ Importing this package is enough for the toolkit's `BaseEditor` to know the meth
 from typing import Any
 
 from .hparams import CoachHooKHparams, CoachHooKHyperParams
-from .session import EditResult, EditSession, SessionState
+from .session import EditResult, EditSession, load_edits
+from .state import SessionState
+from .store import FolderError
 from .tokens import Request
 from .toolkit import register
 
@@ -17,8 +19,10 @@ __all__ = [
     "CoachHooKHyperParams",
     "EditResult",
     "EditSession",
+    "FolderError",
     "Request",
     "SessionState",
+    "load_edits",
 ]
 
 

@@ -34,6 +34,19 @@ class PreciseBuffers(nn.Module):
             self._casts[name] = buffer, cast
         return cast
 
+    def fill(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Replace every buffer by the one of its name, of whatever shape.
+
+        Raises:
+            ValueError: the names are not those of this module's buffers.
+        """
+        if set(buffers) != set(self._buffers):
+            raise ValueError(f"{type(self).__name__} has buffers {sorted(self._buffers)}, not {sorted(buffers)}")
+        for name, tensor in buffers.items():
+            before = self._buffers[name]
+            self._buffers[name] = tensor if before is None else tensor.to(before.device)
+        self._casts.clear()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PreciseBuffers:
         for child in self.children() if recurse else ():
             child._apply(fn)  # type: ignore[no-untyped-call]

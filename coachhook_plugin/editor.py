@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from .session import EditResult, EditSession, SessionState
+from .session import EditResult, EditSession
+from .state import SessionState
 from .toolkit import import_easyeditor
 from .toolkit.apply import session_for
 
@@ -49,7 +50,7 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
     @property
     def session(self) -> EditSession:
         """The edit session that lives on the model; made on first use."""
-        return EditSession.of(self.model) or EditSession(self.model, self.tok, replace(self.hparams))
+        return EditSession.of(self.model) or session_for(self.model, self.tok, self.hparams)
 
     def consecutive_edit(
         self,
@@ -60,7 +61,7 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
     ) -> ConsecutiveRun:
         """Edit batch after batch under one protocol: all scores before, all batches, all scores after.
 
-        The edits stay; an exception keeps the batches that landed.
+        The edits stay; an exception keeps the batches that landed. At the end `save_path` gets them.
 
         Args:
             requests: the toolkit's requests, or a data set of its (`ZsreDataset`, `CounterFactDataset`).
@@ -88,7 +89,10 @@ class CoachHooKEditor(BaseEditor):  # type: ignore[misc, unused-ignore]
         for number, batch in enumerate(batches):
             session.check(batch, first=number * size)
         with _progress(session, verbose):
-            return self._run(session, batches, stops, {"disable": not verbose, "leave": False})
+            run = self._run(session, batches, stops, {"disable": not verbose, "leave": False})
+        if self.hparams.save_path:
+            session.save(self.hparams.save_path)
+        return run
 
     def _run(
         self, session: EditSession, batches: list[list[dict[str, Any]]], stops: set[int], bars: dict[str, Any]

@@ -88,6 +88,12 @@ class CoachHooKHparams:
 
     seed: int = 0  # of the sampled contexts and statistics text
 
+    # Keeping the edits (`store/`).
+    history_steps: int = 100  # batches that can be rolled back and whose facts can be forgotten, at most
+    save_path: str | None = None  # in the toolkit: folder the edits are saved to
+    load_path: str | None = None  # in the toolkit: folder of edits that are put on the model first
+    session_dir: str | None = None  # folder that every batch is written to before `edit` returns
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerced(f.name, getattr(self, f.name), _types()[f.name]))
@@ -105,7 +111,7 @@ class CoachHooKHparams:
         for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "mom2_key_multiple", "alpha", "scope_ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        for name in ("v_weight_decay", "kl_factor", "v_loss_threshold", "v_nll_threshold"):
+        for name in ("v_weight_decay", "kl_factor", "v_loss_threshold", "v_nll_threshold", "history_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if len(self.v_betas) != 2 or not all(0 <= beta < 1 for beta in self.v_betas):

@@ -62,3 +62,19 @@ class Scope(ABC):
     def after_write(self, layer: int, state: ScopeState, norms: torch.Tensor, mask: torch.Tensor) -> ScopeState:
         """For rules that look ahead: the state once a layer is written, given ||Delta k|| (b, T) of the batch."""
         return state
+
+    @abstractmethod
+    def asked(self, state: ScopeState) -> float:
+        """What the state asks of a token, for people to read."""
+
+    @abstractmethod
+    def pack(self, state: ScopeState) -> dict[str, torch.Tensor]:
+        """The state as contiguous tensors on the CPU; what grows or is a sample, row by row."""
+
+    @abstractmethod
+    def unpack(self, tensors: dict[str, torch.Tensor]) -> ScopeState:
+        """The state that `pack` told of."""
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What the rule knows of the model beside its state; enough to make it again without key statistics."""
+        return {}

@@ -156,6 +156,42 @@ class LeverageScope(Scope):
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
         return LeverageState(edited, witnesses, lots, state.seen + scaled.shape[0] * scaled.shape[1], threshold)
 
+    def asked(self, state: LeverageState) -> float:
+        return state.threshold
+
+    def pack(self, state: LeverageState) -> dict[str, torch.Tensor]:
+        tensors = {
+            "edited": state.edited.T,  # (r, m)
+            "witnesses": state.witnesses,
+            "lots": state.lots,
+            "seen": torch.tensor(state.seen),
+            "threshold": torch.tensor(state.threshold, dtype=torch.float64),
+        }
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def unpack(self, tensors: dict[str, torch.Tensor]) -> LeverageState:
+        device = self.scale.device
+        return LeverageState(
+            edited=tensors["edited"].T.contiguous().to(device),
+            witnesses=tensors["witnesses"].to(device),
+            lots=tensors["lots"],
+            seen=int(tensors["seen"]),
+            threshold=float(tensors["threshold"]),
+        )
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale, "pre_training": self._pre_training}
+
+    @classmethod
+    def of_constants(
+        cls, layers: list[int], constants: dict[str, torch.Tensor], budget: float, ridge: float, seed: int
+    ) -> LeverageScope:
+        """The scope with these `constants`; without any it cannot learn, but its gates can be given buffers."""
+        scope = cls(layers, torch.ones(1), torch.ones(1, 1), budget, ridge, seed)
+        if constants:
+            scope.scale, scope._pre_training = constants["scale"], constants["pre_training"]
+        return scope
+
     def _sampled(self, state: LeverageState, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Witnesses and their lots after `keys` (n, m) came by: those with the lowest lots of all so far."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.seen)
@@ -172,7 +208,7 @@ class LeverageScope(Scope):
         return max(float(midway), floor)
 
     def _explaining(self, edited: torch.Tensor) -> torch.Tensor:
-        return explaining(edited, self.ridge).half()  # as the gate has it
+        return explaining(edited, self.ridge).half().contiguous()  # as the gate has it, and a file gives it back
 
 
 def scaling(moments: torch.Tensor) -> torch.Tensor:

@@ -184,3 +184,17 @@ class ZScoreScope(Scope):
         margin = ROUNDING_MARGIN.get(dtype, max(ROUNDING_MARGIN.values()))
         now = lowered(state.thresholds[layer], norms, mask, margin)
         return replace(state, thresholds={**state.thresholds, layer: now})
+
+    def asked(self, state: ZScoreState) -> float:
+        return min(thresholds.alpha for thresholds in state.thresholds.values())
+
+    def pack(self, state: ZScoreState) -> dict[str, torch.Tensor]:
+        rows = [state.thresholds[layer] for layer in self._layers]
+        return {
+            "alpha": torch.tensor([row.alpha for row in rows], dtype=torch.float64),
+            "ratio": torch.tensor([row.ratio for row in rows], dtype=torch.float64),
+        }
+
+    def unpack(self, tensors: dict[str, torch.Tensor]) -> ZScoreState:
+        rows = zip(tensors["alpha"].tolist(), tensors["ratio"].tolist(), strict=True)
+        return ZScoreState({layer: Thresholds(*row) for layer, row in zip(self._layers, rows, strict=True)})

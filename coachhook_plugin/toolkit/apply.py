@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..hparams import CoachHooKHparams
-from ..session import EditSession, SessionState
+from ..session import EditSession, load_edits
+from ..state import SessionState
+from ..store import holds_edits
 from ..tokens import parse_requests
 
 # Hyperparameters that may differ between two edits of one session: they say how to load, batch and score.
@@ -31,6 +34,9 @@ FREE = frozenset(
         "evaluation_type",
         "api_key",
         "target_tokens",
+        "history_steps",
+        "save_path",
+        "load_path",
     }
 )
 
@@ -43,6 +49,7 @@ class Run:
     subjects: list[str] | None = None  # for requests that come without one
     begun: tuple[EditSession, SessionState] | None = None  # before the first batch of this call
     aside: tuple[EditSession, SessionState] | None = None  # edits that stay, out of the way of a "before" score
+    save_path: str | None = None  # folder for the edits that stay
 
     def step_back(self, session: EditSession, before: SessionState) -> None:
         """Show the model as it was before its newest batch, until `rejoin`."""
@@ -61,6 +68,8 @@ class Run:
             session, state = self.begun
             if _lives(session) and session.state is not state:
                 session.restore(state)
+        elif self.save_path and self.begun is not None and _lives(self.begun[0]):
+            self.begun[0].save(self.save_path)
 
 
 _RUN: ContextVar[Run | None] = ContextVar("coachhook_run", default=None)
@@ -134,6 +143,10 @@ def apply_coachhook_to_model(
 ) -> tuple[nn.Module, Undo]:
     """Write `requests` as one batch, on top of the edits that are in force already.
 
+    Where the hyperparameters say so, edits of an earlier run come first (`load_path`, or those in `session_dir`), and
+    those in force afterwards are saved (`save_path`): after this batch, or where the edits stay at the end of the call
+    that made them.
+
     Args:
         copy: edit a deep copy (with the edits in force) and leave `model` alone.
         return_orig_weights, keep_original_weight, kwargs: part of EasyEdit's calling convention; the undo is always
@@ -159,19 +172,26 @@ def apply_coachhook_to_model(
     if current is not None and current.begun is None:
         current.begun = (session, before)
     session.edit(parsed)
+    if current is not None and current.keep:
+        current.save_path = hparams.save_path
+    elif hparams.save_path:
+        try:
+            session.save(hparams.save_path)
+        except BaseException:
+            session.restore(before)
+            raise
     return model, Undo(session, before, session.state)
 
 
 def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
-    """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed."""
+    """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed.
+
+    A new one begins with the edits that are in `session_dir`, or else with those of `load_path`.
+    """
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)
     if session is not None:
-        differing = [
-            f"{field.name}: {getattr(session.hparams, field.name)!r} in force, {getattr(hparams, field.name)!r} given"
-            for field in dataclasses.fields(hparams)
-            if field.name not in FREE and getattr(session.hparams, field.name) != getattr(hparams, field.name)
-        ]
+        differing = _differing(session.hparams, hparams)
         if not differing:
             return session
         if len(session):
@@ -180,7 +200,39 @@ def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSe
                 "go on with the same ones, or take the edits off first with EditSession.of(model).detach()"
             )
         session.detach()
+    if hparams.session_dir and holds_edits(Path(hparams.session_dir)):
+        return _agreed(EditSession.resume(hparams.session_dir, model, tok), hparams, hparams.session_dir)
+    if hparams.load_path:
+        session = _agreed(load_edits(model, hparams.load_path, tok), hparams, hparams.load_path)
+        if hparams.session_dir:
+            try:
+                session.keep_in(hparams.session_dir)
+            except BaseException:
+                session.detach()
+                raise
+        return session
     return EditSession(model, tok, hparams)
+
+
+def _agreed(session: EditSession, hparams: CoachHooKHparams, folder: str) -> EditSession:
+    """A session from a folder, under the hyperparameters of this run, which must be those of its edits."""
+    differing = _differing(session.hparams, dataclasses.replace(hparams, session_dir=session.hparams.session_dir))
+    if differing:
+        session.detach()
+        raise ValueError(
+            f"{folder}: holds edits made with other hyperparameters ({'; '.join(differing)}); go on with the same "
+            "ones, or name another folder"
+        )
+    session.hparams = hparams
+    return session
+
+
+def _differing(in_force: CoachHooKHparams, given: CoachHooKHparams) -> list[str]:
+    return [
+        f"{field.name}: {getattr(in_force, field.name)!r} in force, {getattr(given, field.name)!r} given"
+        for field in dataclasses.fields(given)
+        if field.name not in FREE and getattr(in_force, field.name) != getattr(given, field.name)
+    ]
 
 
 def _lives(session: EditSession) -> bool:

@@ -93,9 +93,9 @@ def batch(prompts: list[str], edits: int) -> Event:
 
 
 def assert_same_state(found: SessionState, expected: SessionState) -> None:
-    assert (found.edits, found.batches, found.layers.keys()) == (
+    assert (found.edits, found.step, found.layers.keys()) == (
         expected.edits,
-        expected.batches,
+        expected.step,
         expected.layers.keys(),
     )
     for layer, state in expected.layers.items():

@@ -538,6 +538,53 @@ def the_releases_scoring_runs_here_without_an_editor(bench: Bench) -> None:
     assert "rewrite_acc" in score(*args)
 
 
+@scenario()
+def edits_that_stay_are_saved_and_a_later_run_begins_with_them(bench: Bench) -> None:
+    folder = str(bench.folder / "kept")
+    editor = bench.editor(save_path=folder, **QUICK)
+    editor.edit(sequential_edit=True, **facts(3))
+    expected = appearance(editor.model)
+    again = bench.editor(load_path=folder, **QUICK)
+    assert edits_in_force(again) == 0  # an editor alone touches no model
+    again.edit(sequential_edit=True, **facts(1, start=3))
+    session = EditSession.of(again.model)
+    assert len(session) == 4
+    session.rollback(to=3)
+    assert_same(appearance(again.model), expected)
+    other = bench.editor(load_path=folder, v_num_grad_steps=3)
+    with raises(ValueError, "made with other hyperparameters"):
+        other.edit(**facts(1))
+    assert edits_in_force(other) == 0
+
+
+@scenario()
+def an_edit_that_is_undone_after_its_scores_is_saved_all_the_same(bench: Bench) -> None:
+    folder = bench.folder / "undone"
+    editor = bench.editor(save_path=str(folder), **QUICK)
+    editor.edit(**facts(2))
+    assert edits_in_force(editor) == 0
+    lines = [json.loads(line) for path in folder.glob("ledger*") for line in path.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS[1:2]  # of the last batch
+
+
+@scenario()
+def a_run_that_was_cut_off_goes_on_in_its_session_folder(bench: Bench) -> None:
+    folder = str(bench.folder / "session")
+    editor = bench.editor(session_dir=folder, **QUICK)
+    with bench.scoring(interrupt_at(5)), raises(KeyboardInterrupt):
+        editor.edit(sequential_edit=True, **facts(4))
+    done = edits_in_force(editor)
+    assert 0 < done < 4
+    expected = appearance(editor.model)
+    EditSession.of(editor.model).close()  # as the end of a process does
+    again = bench.editor(session_dir=folder, **QUICK)
+    again.edit(sequential_edit=True, **facts(4 - done, start=done))
+    session = EditSession.of(again.model)
+    assert len(session) == 4
+    session.rollback(to=done)
+    assert_same(appearance(again.model), expected)
+
+
 def random_numbers() -> list[Any]:
     return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
 

@@ -1,0 +1,84 @@
+"""Facts from a file of JSON lines; whatever is wrong is said by line number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..session import EditSession
+from ..tokens import Request, parse_requests
+
+
+class FactsError(ValueError):
+    """A file of facts that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the file."""
+
+    line: int  # from 1
+    request: Request
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """The facts of a file: on each line a JSON object with `prompt`, `subject` and `target_new`; others are ignored.
+
+    Raises:
+        FactsError: the file cannot be read, a line is no such object, or there is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactsError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    facts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise FactsError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise FactsError(f"{path}, line {number}: expected an object with prompt, subject and target_new")
+        with _by_line(path, number):
+            facts.append(Fact(number, parse_requests([content])[0]))
+    if not facts:
+        raise FactsError(f"{path}: holds no facts; write one JSON object on each line")
+    return facts
+
+
+def check_facts(path: Path, facts: Sequence[Fact], session: EditSession) -> None:
+    """Raise a `FactsError` for the first fact that the session cannot edit."""
+    for fact in facts:
+        with _by_line(path, fact.line):
+            session.check([fact.request])
+
+
+def batches(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
+    """Facts in the file's order; two targets for one prompt are a change of mind, and never share a batch."""
+    batch: list[Fact] = []
+    told: dict[tuple[str, str], str] = {}
+    for fact in facts:
+        request = fact.request
+        contradicts = told.get((request.prompt, request.subject), request.target_new) != request.target_new
+        if len(batch) == size or contradicts:
+            yield batch
+            batch, told = [], {}
+        batch.append(fact)
+        told[request.prompt, request.subject] = request.target_new
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _by_line(path: Path, line: int) -> Iterator[None]:
+    """What is wrong with the only request of a batch, by its line."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        said = str(error.args[0]).removeprefix("request 0").lstrip(",: ")
+        raise FactsError(f"{path}, line {line}, {said}") from None

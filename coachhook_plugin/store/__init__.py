@@ -1,0 +1,20 @@
+"""Edits on disk: a folder in the manner of PEFT's, and the journal that a session keeps in one.
+
+::
+
+    coachhook_config.json       what the folder is: format, versions, hyperparameters, base model, checksums
+    hook_layers.safetensors     what answers: Delta of every layer, dense or as factors, and the gates' buffers
+    memory.safetensors          what editing goes on from: memories, scope, the last steps; not needed for answers
+    ledger.jsonl                one line for every edit
+    steps/*.safetensors         a session's batches since those files were written
+
+Only safetensors and JSON. Whatever is read has been compared with its checksum before.
+"""
+
+from __future__ import annotations
+
+from .files import FolderError
+from .folder import Contents, Record, holds_edits, read, write
+from .journal import Journal
+
+__all__ = ["Contents", "FolderError", "Journal", "Record", "holds_edits", "read", "write"]

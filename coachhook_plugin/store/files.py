@@ -1,0 +1,132 @@
+"""Files that are there whole or not at all, also after a power cut; and one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+LOCK = ".coachhook.lock"
+CHUNK = 1 << 22
+
+
+class FolderError(ValueError):
+    """A folder of edits that cannot be trusted, does not fit, or cannot be written."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Any failure to write as a `FolderError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FolderError(
+            f"{folder}: cannot be written ({why}); make room and give write permission, or name another folder"
+        ) from error
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour, bring it to the disk, rename it, and bring the name to the disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        _sync(name)
+        os.replace(name, path)
+        _sync(path.parent)
+    except BaseException:
+        remove(Path(name))
+        raise
+
+
+def remove(path: Path) -> None:
+    """Unlink a file that nothing refers to; where that fails it does no harm."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_durably(path, lambda target: save_file(plain, target, metadata={"format": "pt"}))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_durably(path, lambda target: _write_text(target, text))
+
+
+def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
+    # Copies, because arithmetic may round differently on memory that is aligned differently.
+    found = load(data)
+    return {name: found.pop(name).clone() for name in list(found)}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_checked(path: Path, digest: str) -> bytes:
+    """The content of a file whose SHA-256 is `digest`.
+
+    Raises:
+        FolderError: the file is missing, unreadable or other than it was written.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read ({error.strerror}); restore the folder from a copy") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise FolderError(f"{path}: damaged, its content is not what was written; restore the folder from a copy")
+    return data
+
+
+def canonical(content: Any) -> bytes:
+    """One spelling for equal JSON contents."""
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def lock(folder: Path) -> FileLock:
+    """The right to write into `folder`, until `release` or the end of the process.
+
+    Raises:
+        FolderError: somebody else has it, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise FolderError(
+                f"{folder}: another session is writing to this folder; end that one, or name another folder"
+            ) from None
+    return held
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: str | Path) -> None:
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,265 @@
+"""One state of a session as a folder (see the package), written as a whole and read with every byte checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hparams import CoachHooKHparams
+from ..ledger import Edit, Ledger
+from ..memory import KeyMemory
+from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
+from . import manifest as manifests
+from . import steps
+from .files import FolderError, read_checked, read_tensors, remove, sha256, write_tensors, write_text, writing
+from .manifest import File, Manifest
+
+STEPS = "steps"
+# Where things are kept says nothing about the edits.
+PLACES = ("session_dir", "save_path", "load_path")
+OURS = re.compile(r"(hook_layers|memory)(-\d+)?\.safetensors|ledger(-\d+)?\.jsonl")
+UNFINISHED = re.compile(rf"\.({OURS.pattern}|{re.escape(manifests.NAME)})\.\w+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a folder tells of a session."""
+
+    state: SessionState
+    hparams: CoachHooKHparams
+    prefixes: list[str] | None
+    base_model: str
+    dtype: str
+    fingerprint: str
+    gates: dict[int, Tensors]  # buffers of every hook layer's gate; empty without hook layers
+    constants: Tensors  # of the scope
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder tells."""
+
+    manifest: Manifest
+    hparams: CoachHooKHparams
+    snapshot: Snapshot  # the newest state, without memories and scope where there is no `history`
+    gates: dict[int, Tensors] | None  # None: steps follow the files that told of them
+    history: History | None  # None without memory.safetensors
+    constants: Tensors
+    inside: int  # steps of the history that memory.safetensors holds; the others are
+    trailing: list[steps.Written]
+
+
+def holds_edits(folder: Path) -> bool:
+    return (folder / manifests.NAME).is_file()
+
+
+def write(folder: Path, record: Record, memory: bool = True) -> Manifest:
+    """Make the folder tell of `record`. Renaming the new config decides; until then it tells what it told before.
+
+    The caller holds the folder's lock.
+
+    Raises:
+        FolderError: the folder cannot be written.
+    """
+    with writing(folder):
+        before = Manifest.read(folder) if holds_edits(folder) else None
+        revision = 1 if before is None else before.revision + 1
+        state, history = record.state, record.state.history
+        answers = None if history is None else history.answers
+        tensors: dict[str, Tensors | str] = {
+            "hook_layers": _answering(state, answers, record.gates),
+            "ledger": "".join(json.dumps(edit.to_dict()) + "\n" for edit in state.ledger),
+        }
+        if memory and history is not None:
+            tensors["memory"] = _going_on(history, record.constants)
+        taken = {file.name for file in before.files.values()} if before is not None else set()
+        # Names that do not count yet, so that what counts stays whole until the new config does.
+        names = {role: _free(role, taken, revision) for role in tensors}
+        try:
+            files = {role: _written(folder / names[role], content) for role, content in tensors.items()}
+        except BaseException:
+            for name in names.values():
+                remove(folder / name)
+            raise
+        manifest = Manifest(
+            base_model=record.base_model,
+            dtype=record.dtype,
+            fingerprint=record.fingerprint,
+            hparams={name: value for name, value in record.hparams.to_dict().items() if name not in PLACES}
+            | {"model_name": record.base_model, "device": None},
+            prefixes=record.prefixes,
+            step=state.step,
+            edits=state.edits,
+            columns=None if answers is None else [[step.sign, step.edits] for step in answers],
+            files=files,
+            revision=revision,
+        )
+        manifest.write(folder)
+    clean(folder, manifest, ())
+    return manifest
+
+
+def clean(folder: Path, manifest: Manifest, trailing: Collection[steps.Written]) -> None:
+    """Remove what a killed process left behind, and what nothing has a use for any more."""
+    used = {file.name for file in manifest.files.values()} | {written.name for written in trailing}
+    for path in (*folder.glob("*"), *folder.glob(f"{STEPS}/*")):
+        ours = OURS if path.parent == folder else steps.NAME
+        unfinished = UNFINISHED if path.parent == folder else steps.UNFINISHED
+        if unfinished.fullmatch(path.name) or (ours.fullmatch(path.name) and path.name not in used):
+            remove(path)
+
+
+def read(folder: Path) -> Contents:
+    """Everything in the folder, checked.
+
+    Raises:
+        FolderError: no edits there, a file that is missing or damaged, or a newer format.
+    """
+    manifest = Manifest.read(folder)
+    try:
+        return _read(folder, manifest)
+    except FolderError:
+        if Manifest.read(folder).digest == manifest.digest:
+            raise
+        return read(folder)  # its session has written all files anew in between
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        # The checksums are right, so it was written like that.
+        raise FolderError(f"{folder}: its files do not fit together ({type(error).__name__}: {error})") from error
+
+
+def _read(folder: Path, manifest: Manifest) -> Contents:
+    hparams = CoachHooKHparams.from_dict(manifest.hparams)
+    layers = hparams.edited_layers
+    tensors = read_tensors(_content(folder, manifest, "hook_layers"))
+    lines = _content(folder, manifest, "ledger").decode().splitlines()
+    ledger: Ledger = tuple(Edit.from_dict(json.loads(line)) for line in lines)
+    answers = None if manifest.columns is None else _factored(tensors, layers, manifest.columns)
+    deltas = {layer: _delta(tensors, layer, answers) for layer in layers}
+    snapshot = Snapshot({layer: LayerState(delta, None) for layer, delta in deltas.items()}, {}, ledger, manifest.step)
+    gates: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        _, layer, kind, *rest = name.split(".", 3)
+        if kind == "gate":
+            gates.setdefault(int(layer), {})[rest[0]] = tensor
+    trailing = _steps(folder, manifest)
+    history: History | None = None
+    constants: Tensors = {}
+    inside = 0
+    if "memory" in manifest.files and (trailing or (folder / manifest.files["memory"].name).exists()):
+        base, held, constants = _kept(_content(folder, manifest, "memory"), layers, manifest.step)
+        folded = () if base.step == 0 else None if answers is None else answers[: base.step]
+        history, inside = History(base, held, folded), len(held)
+        at_files = history.at(manifest.step)
+        if any(not torch.equal(at_files.layers[i].delta, deltas[i]) for i in layers):
+            raise FolderError(f"{folder}: hook_layers and memory do not belong together; restore it from a copy")
+        history = History(base, (*held, *(written.step for written in trailing)), folded)
+        snapshot = at_files
+        for written in trailing:
+            snapshot = snapshot.after(written.step)
+    elif trailing:
+        raise FolderError(
+            f"{folder}: memory.safetensors is missing, and {len(trailing)} later steps need it; restore it from a copy"
+        )
+    return Contents(manifest, hparams, snapshot, None if trailing else gates, history, constants, inside, trailing)
+
+
+def _steps(folder: Path, manifest: Manifest) -> list[steps.Written]:
+    return steps.read(folder / STEPS, manifest.steps, manifest.digest)
+
+
+def _content(folder: Path, manifest: Manifest, role: str) -> bytes:
+    file = manifest.files[role]
+    return read_checked(folder / file.name, file.sha256)
+
+
+def _free(role: str, taken: Collection[str], revision: int) -> str:
+    ending = "jsonl" if role == "ledger" else "safetensors"
+    name = f"{role}.{ending}"
+    return name if name not in taken else f"{role}-{revision}.{ending}"
+
+
+def _written(path: Path, content: Tensors | str) -> File:
+    if isinstance(content, str):
+        write_text(path, content)
+    else:
+        write_tensors(path, content)
+    return File(path.name, path.stat().st_size, sha256(path))
+
+
+def _answering(state: SessionState, answers: tuple[Step, ...] | None, gates: dict[int, Tensors]) -> Tensors:
+    told: Tensors = {}
+    for layer, of in state.layers.items():
+        if answers is None:
+            told[f"layers.{layer}.delta"] = of.delta
+        elif answers:
+            for part in ("residual", "coefficients"):  # all steps side by side
+                columns = [getattr(step.layers[layer], part) for step in answers]
+                told[f"layers.{layer}.{part}"] = torch.cat(columns, dim=1)
+        else:
+            d, m = of.delta.shape
+            told |= {f"layers.{layer}.residual": torch.zeros(d, 0), f"layers.{layer}.coefficients": torch.zeros(m, 0)}
+    told |= {f"layers.{i}.gate.{name}": t for i, buffers in gates.items() for name, t in buffers.items()}
+    return told
+
+
+def _factored(tensors: Tensors, layers: Iterable[int], columns: list[list[int]]) -> tuple[Step, ...]:
+    widths = [width for _, width in columns]
+    split = {
+        layer: [torch.split(tensors[f"layers.{layer}.{part}"], widths, dim=1) for part in ("residual", "coefficients")]
+        for layer in layers
+    }
+    return tuple(
+        Step({layer: Factors(r[i], x[i], None) for layer, (r, x) in split.items()}, sign=sign)
+        for i, (sign, _) in enumerate(columns)
+    )
+
+
+def _delta(tensors: Tensors, layer: int, answers: tuple[Step, ...] | None) -> torch.Tensor:
+    if answers is None:
+        return tensors[f"layers.{layer}.delta"]
+    residual, coefficients = (tensors[f"layers.{layer}.{part}"] for part in ("residual", "coefficients"))
+    state = LayerState(torch.zeros(len(residual), len(coefficients)), None)
+    for step in answers:
+        state = step.layers[layer].written(state, step.sign)
+    return state.delta
+
+
+def _going_on(history: History, constants: Tensors) -> Tensors:
+    told: Tensors = {f"constants.{name}": tensor for name, tensor in constants.items()}
+    told |= {f"scope.{name}": tensor for name, tensor in history.base.scope.items()}
+    for layer, of in history.base.layers.items():
+        assert of.memory is not None
+        told |= {f"layers.{layer}.delta": of.delta, f"layers.{layer}.memory": of.memory.matrix}
+    for i, step in enumerate(history.steps):
+        told[f"steps.{i}"] = torch.frombuffer(bytearray(steps.pack(step)), dtype=torch.uint8)
+    told["ledger"] = _as_tensor([edit.to_dict() for edit in history.base.ledger])
+    return told
+
+
+def _kept(data: bytes, layers: list[int], step: int) -> tuple[Snapshot, tuple[Step, ...], Tensors]:
+    """Where the history begins, the steps that lead from there to `step`, and the scope's constants."""
+    tensors = read_tensors(data)
+    held: list[Step] = []
+    while (packed := tensors.get(f"steps.{len(held)}")) is not None:
+        held.append(steps.unpack(packed.numpy().tobytes())[0])
+    base = Snapshot(
+        {i: LayerState(tensors[f"layers.{i}.delta"], KeyMemory(tensors[f"layers.{i}.memory"])) for i in layers},
+        _under("scope.", tensors),
+        tuple(Edit.from_dict(line) for line in json.loads(tensors["ledger"].numpy().tobytes())),
+        step - len(held),
+    )
+    return base, tuple(held), _under("constants.", tensors)
+
+
+def _as_tensor(content: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,93 @@
+"""`coachhook_config.json`: what a folder is, and the checksums of everything in it, itself included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .files import FolderError, canonical, write_text
+
+NAME = "coachhook_config.json"
+FORMAT = 1  # raise it when an older release would misread what is written
+PACKAGES = ("coachhook-plugin", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `coachhook_config.json`."""
+
+    base_model: str
+    dtype: str  # of the edited weights
+    fingerprint: str  # `fingerprint.weights_fingerprint` of the base model
+    hparams: dict[str, Any]
+    prefixes: list[str] | None  # context prefixes the facts were learned behind; None: not sampled yet
+    step: int  # that hook_layers and ledger tell of
+    edits: int  # in force then
+    columns: list[list[int]] | None  # of each step: sign and number of its factors' columns; None: Delta is dense
+    files: dict[str, File]  # "hook_layers", "ledger" and, where it was saved, "memory"
+    steps: list[str] = field(default_factory=list)  # files under steps/ when this was written; later ones follow on
+    revision: int = 1  # how often this file was written, so that none is like another
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Make the folder be this."""
+        write_text(folder / NAME, json.dumps({**asdict(self), "digest": self.digest}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder.
+
+        Raises:
+            FolderError: there is none, it is damaged, or of a newer format.
+        """
+        path = folder / NAME
+        damaged = FolderError(f"{path}: damaged; restore the folder from a copy")
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise FolderError(f"{folder}: holds no edits ({NAME} is missing); check the path") from None
+        except OSError as error:
+            raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError):
+            raise damaged from None
+        if not isinstance(content, dict):
+            raise damaged
+        if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise FolderError(
+                f"{path}: written in format {content['format']}, and this release reads up to {FORMAT}; "
+                "update coachhook-plugin"
+            )
+        digest = content.pop("digest", None)
+        if digest != hashlib.sha256(canonical(content)).hexdigest() or set(content) != {f.name for f in fields(cls)}:
+            raise damaged
+        files = {role: File(**file) for role, file in content.pop("files").items()}
+        return cls(files=files, **content)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout on the path
+            found[package] = "unknown"
+    return found

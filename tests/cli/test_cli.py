@@ -1,0 +1,202 @@
+"""The command line, from a file of facts to an edited answer, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+import zoo
+
+from coachhook_plugin import EditSession, load_edits
+from coachhook_plugin.cli import main
+from coachhook_plugin.cli.facts import Fact, batches
+from coachhook_plugin.tokens import Request
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: Any, tokenizer: Any, settings: Any) -> Path:
+    """A folder with a model, hyperparameters for it and a file of facts."""
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    hparams = settings(v_num_grad_steps=2).to_dict()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**hparams, "device": "cpu"}))
+    write(tmp_path, zoo.FACTS)
+    return tmp_path
+
+
+def write(work: Path, facts: list[Any]) -> None:
+    lines = [fact if isinstance(fact, str) else json.dumps(fact) for fact in facts]
+    (work / "facts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def run(work: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
+    """`run("inspect", "edits")`: exit code, and the JSON that was printed."""
+
+    def made(*arguments: str) -> tuple[int, Any]:
+        code = main([*arguments, "--json", "--quiet"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return made
+
+
+def edit(work: Path, *more: str) -> list[str]:
+    given = ["edit", str(work / "facts.jsonl"), "--model", str(work / "model"), "--hparams", str(work / "tiny.yaml")]
+    return [*given, "--out", str(work / "edits"), "--batch-size", "2", *more]
+
+
+def test_facts_become_edits_that_are_looked_at_taken_back_and_used(work: Path, run: Any, tiny: Any) -> None:
+    edits = str(work / "edits")
+    code, answer = run(*edit(work))
+    assert code == 0
+    assert answer["written"] == ["1-1", "1-2", "2-1", "2-2"]
+    assert (answer["in_force"], answer["step"], answer["skipped"]) == (4, 2, 0)
+
+    code, answer = run("inspect", edits)
+    assert code == 0
+    assert (answer["in_force"], answer["step"], answer["rollback_from"]) == (4, 2, 0)
+    assert answer["base_model"] == str(work / "model")
+    assert all((work / "edits" / name).stat().st_size == size for name, size in answer["files"].items())
+
+    code, answer = run("show", edits, "lovelace")
+    assert code == 0
+    assert [line["id"] for line in answer["edits"]] == ["2-2"]
+    assert run("show", edits, "2-2")[1] == answer
+
+    code, answer = run("forget", edits, "1-2")
+    assert (code, answer["in_force"], answer["step"], answer["forgotten"]) == (0, 3, 3, ["1-2"])
+    code, answer = run("stats", edits)
+    assert answer["edits"] == {"in force": 3, "forgotten": 1}
+    assert answer["bytes_for_answers"] > 0
+
+    code, answer = run("rollback", edits, "--to", "1")
+    assert (code, answer["in_force"], answer["step"]) == (0, 2, 1)
+
+    session = load_edits(tiny(), edits)
+    assert [line.id for line in session.ledger] == ["1-1", "1-2"]
+    code, answer = run("generate", edits, zoo.FACTS[0]["prompt"], "--max-new-tokens", "3")
+    assert code == 0
+    assert set(answer) == {"prompt", "edited", "base"}
+
+
+def test_editing_goes_on_where_it_was_and_skips_what_is_in_force(work: Path, run: Any) -> None:
+    write(work, zoo.FACTS[:2])
+    assert run(*edit(work))[0] == 0
+    changed = {**zoo.FACTS[1], "target_new": "Seoul"}
+    write(work, [zoo.FACTS[0], changed, *zoo.FACTS[2:]])
+    code, answer = run(*edit(work))
+    assert code == 1
+    assert "--resume goes on there" in answer["error"]
+    code, answer = run(*edit(work, "--resume"))
+    assert code == 0
+    assert (answer["skipped"], answer["superseded"], answer["in_force"]) == (1, ["1-2"], 4)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["{not json"], "line 1: not JSON"),
+        ([zoo.FACTS[0], "", '["a list"]'], "line 3: expected an object with prompt, subject and target_new"),
+        ([zoo.FACTS[0], {"prompt": "Ada is", "subject": "Ada"}], "line 2, field 'target_new' is missing"),
+        ([{**zoo.FACTS[0], "subject": "Nobody"}], "line 1, subject: 'Nobody' is not in the prompt"),
+        ([zoo.FACTS[0], {**zoo.FACTS[1], "target_new": 7}], "line 2, target_new: expected a string"),
+        ([zoo.FACTS[0], {**zoo.FACTS[2], "prompt": "Norway " + "so they say " * 80}], "line 2, prompt: "),
+        ([], "holds no facts"),
+    ],
+)
+def test_a_faulty_line_is_named_by_its_number_and_nothing_is_written(
+    work: Path, run: Any, lines: list[Any], said: str
+) -> None:
+    write(work, lines)
+    code, answer = run(*edit(work))
+    assert code == 2
+    assert said in answer["error"]
+    assert not (work / "edits" / "coachhook_config.json").exists()
+    write(work, zoo.FACTS[:1])
+    assert run(*edit(work))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "nowhere"], "holds no edits"),
+        (["stats", "nowhere"], "holds no edits"),
+        (["show", "edits", "Nobody"], "no edit has the id 'Nobody'"),
+        (["rollback", "edits", "--to", "9"], "can return to steps 0 to 1"),
+        (["forget", "edits", "7-7"], "no edit '7-7'"),
+        (["forget", "edits", "1-1", "--model", "other"], "other weights"),
+    ],
+)
+def test_what_is_not_possible_ends_in_one_sentence_and_exit_code_1(
+    work: Path, run: Any, tiny: Any, tokenizer: Any, capsys: Any, arguments: list[str], said: str
+) -> None:
+    write(work, zoo.FACTS[:1])
+    assert run(*edit(work))[0] == 0
+    tiny(seed=1).save_pretrained(work / "other")
+    tokenizer.save_pretrained(work / "other")
+    arguments = [str(work / a) if a in ("edits", "nowhere", "other") else a for a in arguments]
+    code, answer = run(*arguments)
+    assert code == 1
+    assert said in answer["error"]
+    assert main([*arguments, "--quiet"]) == 1  # and without --json
+    assert said in capsys.readouterr().err
+    assert run("inspect", str(work / "edits"))[1]["in_force"] == 1
+
+
+def test_an_interrupted_run_keeps_its_whole_batches(work: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = EditSession.edit, []
+
+    def interrupted(self: EditSession, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EditSession, "edit", interrupted)
+        assert run(*edit(work))[0] == 130
+    assert run("inspect", str(work / "edits"))[1]["in_force"] == 2
+    code, answer = run(*edit(work, "--resume"))
+    assert (code, answer["skipped"], answer["in_force"]) == (0, 2, 4)
+
+
+def test_people_are_answered_in_sentences(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edits = str(work / "edits")
+    assert main(edit(work, "--quiet")) == 0
+    assert "4 facts written" in capsys.readouterr().out
+    for arguments, said in (
+        (["inspect", edits], "4 in force, step 2"),
+        (["show", edits, "Darrieux"], "1-1     The mother tongue of Danielle Darrieux is -> English  [in force"),
+        (["stats", edits], "edits: 4 in force"),
+        (["generate", edits, "The Eiffel Tower stands in"], "edited: The Eiffel Tower"),
+        (["forget", edits, "1-1", "--quiet"], "3 edits in force, step 3"),
+        (["rollback", edits, "--to", "2", "--quiet"], "4 edits in force, step 2"),
+    ):
+        assert main(arguments) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_help_shows_examples_and_wrong_usage_ends_in_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "coachhook edit facts.jsonl --model" in capsys.readouterr().out
+    for arguments in (
+        [],
+        ["edit"],
+        ["rollback", "x"],
+        ["edit", "x", "--model", "m", "--out", "o", "--batch-size", "0"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+def test_a_change_of_mind_never_shares_a_batch() -> None:
+    facts = [Fact(i, Request("Ada is", "Ada", target)) for i, target in enumerate(["a", "a", "b", "b", "c"], 1)]
+    assert [[fact.line for fact in batch] for batch in batches(facts, 3)] == [[1, 2], [3, 4], [5]]
+    assert [[fact.line for fact in batch] for batch in batches(facts[:2], 1)] == [[1], [2]]

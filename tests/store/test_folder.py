@@ -1,0 +1,384 @@
+"""Edits saved to a folder and loaded elsewhere: the same bits, or a clear refusal that attaches nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from plain import bits, hook_layers, logits_of, photograph, photograph_session
+from safetensors.torch import load_file, save_file
+
+from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits
+from coachhook_plugin.store.manifest import Manifest
+
+Start = Callable[..., EditSession]
+Facts = list[dict[str, str]]
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [fact["prompt"] for fact in zoo.FACTS]
+CONFIG, LAYERS, MEMORY, LEDGER = (
+    "coachhook_config.json",
+    "hook_layers.safetensors",
+    "memory.safetensors",
+    "ledger.jsonl",
+)
+
+# Runs where nothing but the folders, the model and this package is: no toolkit, no key statistics, no tokenizer.
+FRESH = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "easyeditor":
+            raise AssertionError("the toolkit is asked for")
+sys.meta_path.insert(0, Blocked())
+import torch, zoo
+from pathlib import Path
+from coachhook_plugin import load_edits
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    told = torch.load(path / "expected.pt")
+    model = zoo.model(told["case"], told["vocabulary"], dtype=told["dtype"])
+    with torch.no_grad():
+        base = [model(input_ids=ids).logits for ids in told["ids"]]
+        session = load_edits(model, path / "edits")
+        found = [model(input_ids=ids).logits for ids in told["ids"]]
+        with session.disabled():
+            off = [model(input_ids=ids).logits for ids in told["ids"]]
+        session.detach()
+        after = [model(input_ids=ids).logits for ids in told["ids"]]
+    equal = lambda one, other: all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert equal(found, told["logits"]), f"{path.name}: other logits"
+    assert equal(off, base) and equal(after, base), f"{path.name}: not the base model"
+    assert not equal(found, base), f"{path.name}: no edit shows"
+    print(path.name)
+assert "easyeditor" not in sys.modules
+"""
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return [bits(a) for a in one] == [bits(b) for b in other]
+
+
+@pytest.fixture
+def saved(start: Start, facts: Facts, tmp_path: Path) -> Path:
+    """The folder of a session with three batches."""
+    session = start()
+    for fact in facts[:3]:
+        session.edit([fact])
+    session.save(tmp_path / "edits")
+    return tmp_path / "edits"
+
+
+def test_a_fresh_process_without_the_toolkit_answers_with_the_same_bits(
+    start: Start, facts: Facts, tmp_path: Path
+) -> None:
+    cases = [
+        (case, dtype, changed)
+        for case in ("llama", "gpt2")
+        for dtype in (torch.float32, torch.bfloat16)
+        for changed in ({"scope": "leverage"}, {"scope": "zscore"}, {"use_hooks": False})
+    ]
+    for i, (case, dtype, changed) in enumerate(cases):
+        session = start(case, dtype=dtype, **changed)
+        session.edit(facts[:2])
+        session.edit(facts[2:])
+        session.save(tmp_path / str(i) / "edits", memory=i % 2 == 0)
+        told = {"case": case, "dtype": dtype, "vocabulary": len(session.tokenizer)}
+        told["ids"] = [torch.tensor([session.tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
+        told["logits"] = logits_of_rows(session.model, told["ids"])
+        torch.save(told, tmp_path / str(i) / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.set_num_threads(1)\n{FRESH}", str(tmp_path)],
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) == len(cases)
+
+
+@torch.no_grad()
+def logits_of_rows(model: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [model(input_ids=ids).logits for ids in rows]
+
+
+@pytest.mark.parametrize("changed", [{"scope": "leverage"}, {"scope": "zscore"}, {"use_hooks": False}], ids=str)
+def test_a_loaded_session_goes_on_as_the_saved_one_would_have(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    session = start(**changed)
+    session.edit(facts[:2])
+    session.save(tmp_path)
+    other = load_edits(tiny(), tmp_path, session.tokenizer, progress=False)
+    assert photograph_session(other)["layers"] == photograph_session(session)["layers"]
+    assert photograph_session(other)["scope"] == photograph_session(session)["scope"]
+    for one in (session, other):
+        one.edit(facts[2:])
+        one.forget(["1-2"])
+    assert photograph_session(other)["layers"] == photograph_session(session)["layers"]
+    assert photograph_session(other)["scope"] == photograph_session(session)["scope"]
+    assert same(*(logits_of(one.model, session.tokenizer, PROMPTS) for one in (session, other)))
+    assert [edit.id for edit in other.ledger] == [edit.id for edit in session.ledger]
+    other.rollback(to=0)
+    assert len(other) == 0
+    assert hook_layers(other.model) == []
+
+
+def test_prefixes_sampled_from_the_model_are_not_sampled_again(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start(context_prefixes=None)
+    session.edit(facts[:1])
+    session.save(tmp_path)
+    other = load_edits(tiny(), tmp_path, session.tokenizer, progress=False)
+    assert other._prefixes == session.prefixes
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_too", "memory", "said"), [(False, True, "without a tokenizer"), (True, False, "memory.safetensors")]
+)
+def test_editing_on_says_what_is_missing(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, tokenizer_too: bool, memory: bool, said: str
+) -> None:
+    session = start()
+    session.edit(facts[:2])
+    session.save(tmp_path, memory=memory)
+    other = load_edits(tiny(), tmp_path, session.tokenizer if tokenizer_too else None)
+    before = photograph(other.model)
+    for act in (lambda: other.edit(facts[2:]), lambda: other.forget(["1-1"])):
+        with pytest.raises(ValueError, match=said):
+            act()
+    assert photograph(other.model) == before
+    assert len(other) == 2
+    if not memory:
+        with pytest.raises(ValueError, match="can return to steps 1 to 1"):
+            other.rollback(to=0)
+        with pytest.raises(ValueError, match="memory=False"):
+            other.save(tmp_path / "again")
+        other.save(tmp_path / "again", memory=False)
+        again = load_edits(tiny(), tmp_path / "again")
+        assert same(*(logits_of(one.model, session.tokenizer, PROMPTS) for one in (session, again)))
+
+
+def test_a_folder_that_is_written_anew_while_it_is_read_is_read_again(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start()
+    session.edit(facts[:2])
+    session.save(tmp_path)
+    original, calls = Manifest.read, []
+
+    def overtaken(folder: Path) -> Manifest:
+        found = original(folder)
+        calls.append(found.revision)
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(Manifest, "read", original)
+                session.edit(facts[2:])
+                session.save(tmp_path)
+        return found
+
+    monkeypatch.setattr(Manifest, "read", overtaken)
+    assert len(load_edits(tiny(), tmp_path)) == 4
+    assert calls == [1, 2, 2]
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_editing_goes_on_from_what_was_loaded_and_forgotten_in_inference_mode(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, inference: bool
+) -> None:
+    session, model = start(), tiny()
+    with torch.inference_mode(inference):
+        session.edit(facts[:2])
+        session.forget(["1-1"])
+        session.save(tmp_path)
+        other = load_edits(model, tmp_path, session.tokenizer, progress=False)
+        other.rollback(to=1)
+    other.edit(facts[2:])
+    session.rollback(to=1)
+    session.edit(facts[2:])
+    assert photograph_session(other)["layers"] == photograph_session(session)["layers"]
+
+
+def test_a_session_without_edits_can_be_saved_and_gone_on_with(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start()
+    session.save(tmp_path)
+    other = load_edits(tiny(), tmp_path, session.tokenizer, progress=False)
+    assert len(other) == 0
+    assert hook_layers(other.model) == []
+    for one in (session, other):
+        one.edit(facts)
+    assert same(*(logits_of(one.model, session.tokenizer, PROMPTS) for one in (session, other)))
+
+
+def test_whichever_is_smaller_is_saved_factors_or_the_whole_change(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start(v_num_grad_steps=1, history_steps=4)
+    seen = set()
+    for number in range(1, 24):  # 32 x 48 entries; each edit has 32 + 48
+        session.edit([facts[number % 4]])
+        if number not in (3, 19, 20, 23):
+            continue
+        session.save(tmp_path)
+        file = json.loads((tmp_path / CONFIG).read_text())["files"]["hook_layers"]["name"]
+        names = set(load_file(tmp_path / file))
+        dense = "layers.1.delta" in names
+        assert dense != ("layers.1.residual" in names)
+        assert dense == (number * (32 + 48) >= 32 * 48)
+        seen.add(dense)
+        other = load_edits(tiny(), tmp_path, session.tokenizer, progress=False)
+        assert photograph_session(other)["layers"] == photograph_session(session)["layers"]
+    assert seen == {False, True}
+
+
+def test_saving_again_replaces_what_was_there_and_leaves_other_files_alone(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    (tmp_path / "memory.txt").write_text("mine")
+    session = start()
+    for fact in facts[:3]:
+        session.edit([fact])
+        session.save(tmp_path)
+        assert len(load_edits(tiny(), tmp_path)) == len(session)
+    files = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert files == {
+        "memory.txt",
+        CONFIG,
+        *(f["name"] for f in json.loads((tmp_path / CONFIG).read_text())["files"].values()),
+    }
+
+
+def test_the_folder_holds_what_it_promises(saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["format"] == 1
+    assert {"torch", "transformers", "safetensors", "python"} <= set(config["versions"])
+    assert CoachHooKHparams.from_dict(config["hparams"]).layers == [1, 2]
+    assert len(config["fingerprint"]) == 64
+    lines = [json.loads(line) for line in (saved / LEDGER).read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["1-1", "2-1", "3-1"]
+    for line, fact in zip(lines, zoo.FACTS, strict=False):
+        assert {name: line[name] for name in fact} == fact
+        assert line["nll"] > 0
+        assert 0 < line["threshold"] < 1
+        assert line["status"] == "in force"
+        assert line["time"].endswith("+00:00")
+    assert {path.suffix for path in saved.iterdir() if path.is_file()} <= {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".lock",
+        "",
+    }
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(model: Any, folder: Path, said: str) -> None:
+    before = photograph(model)
+    with pytest.raises(FolderError, match=said):
+        load_edits(model, folder)
+    assert photograph(model) == before
+
+
+def rewrite(folder: Path, **changed: Any) -> None:
+    """The config changed by somebody who knows how its checksum is made."""
+    from coachhook_plugin.store.manifest import hashlib
+
+    content = json.loads((folder / CONFIG).read_text()) | changed
+    del content["digest"]
+    content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+def test_other_weights_are_refused(saved: Path, tiny: Any) -> None:
+    refused(tiny(seed=1), saved, "other weights")
+    refused(tiny(dtype=torch.bfloat16), saved, "in float32")
+    changed = tiny()
+    with torch.no_grad():
+        changed.model.layers[2].mlp.down_proj.weight[17, 5] += 1e-3
+    refused(changed, saved, "other weights")
+    elsewhere = tiny()
+    with torch.no_grad():
+        elsewhere.model.layers[3].self_attn.q_proj.weight[0, 0] += 1e-3
+    refused(elsewhere, saved, "other weights")
+    assert len(load_edits(tiny(), saved)) == 3
+
+
+def test_another_architecture_is_refused(saved: Path, tiny: Any) -> None:
+    refused(tiny("gpt2"), saved, "other weights")
+
+
+def test_a_newer_format_is_refused_by_its_number(saved: Path, tiny: Any) -> None:
+    rewrite(saved, format=2, something="new")
+    refused(tiny(), saved, "format 2, and this release reads up to 1; update")
+
+
+@pytest.mark.parametrize("name", [CONFIG, LAYERS, MEMORY, LEDGER])
+def test_a_truncated_or_tampered_file_is_refused_by_name(saved: Path, tiny: Any, name: str) -> None:
+    whole = (saved / name).read_bytes()
+    for data in (b"", whole[: len(whole) // 2], whole[:-2], whole + b"\x00x", whole.replace(b"1", b"2", 1)):
+        (saved / name).write_bytes(data)
+        refused(tiny(), saved, name.replace(".", r"\."))
+    (saved / name).write_bytes(whole)
+    load_edits(tiny(), saved)
+
+
+def test_missing_files_are_named_but_the_memory_may_be_missing(saved: Path, tiny: Any, tokenizer: Any) -> None:
+    (saved / MEMORY).unlink()
+    session = load_edits(tiny(), saved, tokenizer)
+    with pytest.raises(ValueError, match=r"memory\.safetensors"):
+        session.edit(zoo.FACTS)
+    for name in (LEDGER, LAYERS):
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        refused(tiny(), saved, name)
+        (saved / name).write_bytes(content)
+    (saved / CONFIG).unlink()
+    refused(tiny(), saved, "holds no edits")
+    refused(tiny(), saved / "nowhere", "holds no edits")
+
+
+def test_files_of_two_saves_are_not_mixed(saved: Path, tiny: Any) -> None:
+    """Checksums made right again by whoever exchanged the file."""
+    import hashlib
+
+    tensors = load_file(saved / LAYERS)
+    tensors["layers.1.residual"] = tensors["layers.1.residual"] * 2
+    save_file(tensors, saved / LAYERS)
+    config = json.loads((saved / CONFIG).read_text())
+    data = (saved / LAYERS).read_bytes()
+    told = {"name": LAYERS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(saved, files=config["files"] | {"hook_layers": told})
+    refused(tiny(), saved, "do not belong together")
+
+
+def test_a_model_with_a_session_is_not_loaded_onto(saved: Path, start: Start, facts: Facts) -> None:
+    session = start()
+    session.edit(facts)
+    before = photograph(session.model)
+    with pytest.raises(ValueError, match="has an edit session already"):
+        load_edits(session.model, saved)
+    assert photograph(session.model) == before
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_the_session_goes_on(
+    start: Start, facts: Facts, tmp_path: Path
+) -> None:
+    session = start()
+    session.edit(facts[:2])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FolderError, match="cannot be written"):
+        session.save(tmp_path / "file" / "edits")
+    session.edit(facts[2:])
+    session.save(tmp_path / "edits")
