@@ -16,6 +16,10 @@ import torch
 
 from coachhook_plugin.cache import write_whole
 
+# Files of a run's folder that its process and its readers both know.
+CONFIG, DONE, FAILED = "config.yaml", "done.json", "failed.txt"
+RECORDS, ABOUT, TOOLKIT = "records.json", "about.json", "toolkit.json"
+
 
 @dataclass(frozen=True)
 class Phase:

@@ -241,7 +241,8 @@ def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: 
     model, tokenizer, asking = method.model, method.tokenizer, method.asking
     readings = read(model, tokenizer, records, f"scores {name}", plan.rivals, asking)
     rows: list[dict[str, Any]] = [
-        {"case_id": record.case_id, **reading.to_dict()} for record, reading in zip(records, readings, strict=True)
+        {"case_id": record.case_id, **reading.to_dict(), "texts": _texts(tokenizer, reading)}
+        for record, reading in zip(records, readings, strict=True)
     ]
     if plan.new_tokens:
         prompts = [record.prompt for record in records]
@@ -363,6 +364,14 @@ def peak_megabytes() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _texts(tokenizer: Any, reading: Reading) -> dict[str, list[str]]:
+    """What was said at each probe, for people."""
+    return {
+        name: [tokenizer.decode(answer.said).strip() for answer in getattr(reading, name)]
+        for name in ("prompt", "rephrases", "locality", "portability")
+    }
 
 
 def _reset_peak() -> None:

@@ -51,7 +51,9 @@ TRAITS = {
     "MEMIT": Traits(memory=("memit.memit_main:CONTEXT_TEMPLATES_CACHE",)),
     "EMMET": Traits(memory=("emmet.emmet_main:CONTEXT_TEMPLATES_CACHE",)),
     "AlphaEdit": Traits(
-        memory=tuple(f"alphaedit.AlphaEdit_main:{name}" for name in ("CONTEXT_TEMPLATES_CACHE", "cache_c", "cache_c_new"))
+        memory=tuple(
+            f"alphaedit.AlphaEdit_main:{name}" for name in ("CONTEXT_TEMPLATES_CACHE", "cache_c", "cache_c_new")
+        )
     ),
     "ROME": Traits(one_by_one=True, memory=("rome.rome_main:CONTEXT_TEMPLATES_CACHE",)),
     "R-ROME": Traits(one_by_one=True, memory=("r_rome.r_rome_main:CONTEXT_TEMPLATES_CACHE",)),

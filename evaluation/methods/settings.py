@@ -14,7 +14,19 @@ COACHHOOK = "CoachHooK"
 # Where the shipped files of a method are, if not under its name in lower case.
 ALGORITHMS = {
     name.lower(): name
-    for name in (COACHHOOK, "MEMIT", "ROME", "FT", "WISE", "AlphaEdit", "UltraEdit", "GRACE", "EMMET", "R-ROME", "SimIE")
+    for name in (
+        COACHHOOK,
+        "MEMIT",
+        "ROME",
+        "FT",
+        "WISE",
+        "AlphaEdit",
+        "UltraEdit",
+        "GRACE",
+        "EMMET",
+        "R-ROME",
+        "SimIE",
+    )
 }
 
 

@@ -67,9 +67,7 @@ def answers(
     start = 0
     while start < len(encoded):
         stop = start + 1
-        while (
-            not asking.alone and stop < len(encoded) and len(encoded[stop][2]) * (stop + 1 - start) <= batch_tokens
-        ):
+        while not asking.alone and stop < len(encoded) and len(encoded[stop][2]) * (stop + 1 - start) <= batch_tokens:
             stop += 1
         rows = encoded[start:stop]
         if asking.at is not None:
