@@ -47,6 +47,7 @@ def work(told: dict[str, Any], folder: Path) -> None:
     given = {name: value for name, value in told["dataset"].items() if name not in ("checksum", "skipped")}
     data = load_dataset(edits=told["edits"], **given)
     held = (Path(told["held_text"]) if told["held_text"] else HELD_TEXT).read_text(encoding="utf-8")
+    settle_paths(told)
     write(folder / RECORDS, [asdict(record) for record in data.records])
     write(folder / ABOUT, about(told, data))
     os.chdir(folder)  # the toolkit writes its logs into the working directory
@@ -69,6 +70,17 @@ def work(told: dict[str, Any], folder: Path) -> None:
     finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else told["batch_size"]})
     journal.forget_state()
+
+
+def settle_paths(told: dict[str, Any]) -> None:
+    """Files and folders that are named from where the command was given; the worker moves elsewhere."""
+    for holder, names in (
+        (told["hparams"], ("model_name", "mom2_dataset", "stats_dir")),
+        (told["model"], ("statistics",)),
+    ):
+        for name in names:
+            if isinstance(holder.get(name), str) and Path(holder[name]).exists():
+                holder[name] = str(Path(holder[name]).resolve())
 
 
 def plan(told: dict[str, Any], held: str) -> Plan:

@@ -159,7 +159,7 @@ def costs(job: Job, seed: int) -> dict[str, Interval]:
 
 
 def _overhead(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """Fastest forward pass over the fastest before any edit, and how far it could be off: others may use the machine."""
+    """Fastest forward pass over the fastest before any edit, and how far that may be off on a machine in use."""
     if not before or not after:
         return UNKNOWN
     return min(after) / min(before), min(after) / max(before), max(after) / min(before)
