@@ -191,7 +191,7 @@ def read_raw(path: FilePath) -> list[Any]:
         try:
             text = file.read()
             lines = str(path).endswith(".jsonl")
-            raw = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+            raw = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
         except ValueError as error:  # bad JSON and bad UTF-8 alike
             raise ValueError(f"{path}: not a JSON file ({error}); expected one JSON list of records") from error
     if not isinstance(raw, list) or not raw:

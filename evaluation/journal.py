@@ -127,7 +127,8 @@ class Folder:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # By line feeds alone: the texts inside may hold what else `splitlines` takes for an end of line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
