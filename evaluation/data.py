@@ -4,8 +4,9 @@
     print(len(records), dict(records.skipped))
     session.edit([record.request() for record in records])
 
-`load_records` recognises the file by its fields; `load_zsre`, `load_counterfact` and `load_knowedit` read one shape
-each, and `load_facts` reads the set that is shipped here. A record that no subject based editor could use is left out
+`load_records` recognises the file by its fields; `load_zsre`, `load_counterfact`, `load_knowedit`, `load_wikibigedit`,
+`load_mquake` and `load_hallucination` read one shape each, and `load_facts` reads the set that is shipped here. A file
+is one JSON list, or JSON Lines. A record that no subject based editor could use is left out
 and counted by reason; a file that is not what it should be is refused with the place, the field and the remedy.
 """
 
@@ -27,6 +28,8 @@ FilePath: TypeAlias = "str | os.PathLike[str]"
 NEIGHBORHOOD = "neighborhood"
 # What must follow from an edit, in files that give one question and no name for it.
 ONE_HOP = "one_hop"
+# WikiBigEdit's and MQuAKE's questions in several steps, and WikiBigEdit's questions in another person's words.
+MULTI_HOP, PERSONAS = "multi_hop", "personas"
 
 EMPTY_TARGET = "empty target"
 NO_SUBJECT = "no subject"
@@ -95,6 +98,24 @@ def load_knowedit(path: FilePath, limit: int | None = None) -> Records:
     return _load(path, limit, _knowedit)
 
 
+def load_wikibigedit(path: FilePath, limit: int | None = None) -> Records:
+    """WikiBigEdit: `subject, update, ans`, with `rephrase, personas, mhop, mhop_ans, loc, loc_ans`."""
+    return _load(path, limit, _wikibigedit)
+
+
+def load_mquake(path: FilePath, limit: int | None = None) -> Records:
+    """MQuAKE: an edit for each of a case's `requested_rewrite`; the multi-hop questions go with the last of them."""
+    return _load(path, limit, _mquake)
+
+
+def load_hallucination(path: FilePath, limit: int | None = None) -> Records:
+    """WISE's hallucination set (SelfCheckGPT): `prompt, target_new, subject, locality_prompt, ...`, long texts.
+
+    Its subjects are file names ("john_russell_reynolds"); they are looked up in the prompt without regard to case.
+    """
+    return _load(path, limit, _hallucination)
+
+
 def load_facts(limit: int | None = None) -> Records:
     """The data set that is shipped with this package."""
     return load_knowedit(FACTS, limit)
@@ -102,10 +123,30 @@ def load_facts(limit: int | None = None) -> Records:
 
 def load_records(path: FilePath, limit: int | None = None) -> Records:
     """Any of the shapes above, recognised by the fields of the first record."""
-    raw = _read(path)
+    return records_of(read_raw(path), path, limit)
+
+
+def records_of(raw: list[Any], path: FilePath, limit: int | None = None, shape: str | None = None) -> Records:
+    """Records from a list of objects that is in memory already.
+
+    Args:
+        path: what messages call it.
+        shape: one of `SHAPES`; recognised by the fields of the first record where not given.
+    """
+    if shape is not None and shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; choose from {', '.join(SHAPES)}, or leave it out")
+    return _load(path, limit, _recognised(path, raw) if shape is None else SHAPES[shape], raw)
+
+
+def _recognised(path: FilePath, raw: list[Any]) -> Read:
     first = _Fields(path, 0, raw[0])
-    if "requested_rewrite" in first or "locality_prompt" in first:
+    read: Read
+    if isinstance(first.raw.get("requested_rewrite"), list):
+        read = _mquake
+    elif "requested_rewrite" in first or "locality_prompt" in first:
         read = _counterfact
+    elif "update" in first and "ans" in first:
+        read = _wikibigedit
     elif "src" in first and "alt" in first:
         read = _zsre
     elif ("locality" in first or "portability" in first) and ("prompt" in first or "text" in first):
@@ -115,37 +156,42 @@ def load_records(path: FilePath, limit: int | None = None) -> Records:
     else:
         raise ValueError(
             f"{path}, record 0: the fields {sorted(first.raw)} fit no known data set; expected ZsRE (src, alt), "
-            "CounterFact (requested_rewrite, or prompt and target_new) or KnowEdit (prompt, target_new, locality)"
+            "CounterFact (requested_rewrite, or prompt and target_new), KnowEdit (prompt, target_new, locality), "
+            "WikiBigEdit (update, ans) or MQuAKE (a list of requested_rewrite)"
         )
-    return _load(path, limit, read, raw)
+    return read
 
 
-def _load(
-    path: FilePath, limit: int | None, read: Callable[[_Fields], Record], raw: list[Any] | None = None
-) -> Records:
+def _load(path: FilePath, limit: int | None, read: Read, raw: list[Any] | None = None) -> Records:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for the whole file; got {limit}")
-    raw = _read(path) if raw is None else raw
+    raw = read_raw(path) if raw is None else raw
     records = Records()
     for index, item in enumerate(raw):
         if len(records) == limit:
             break
-        record = read(_Fields(path, index, item))
-        reason = _unusable(record)
-        if reason is None:
-            records.append(record)
-        else:
-            records.skipped[reason] += 1
+        found = read(_Fields(path, index, item))
+        for record in [found] if isinstance(found, Record) else found:
+            if len(records) == limit:
+                break
+            reason = _unusable(record)
+            if reason is None:
+                records.append(record)
+            else:
+                records.skipped[reason] += 1
     if not records:
         counts = ", ".join(f"{reason}: {n}" for reason, n in records.skipped.items())
         raise ValueError(f"{path}: none of its {len(raw)} records can be edited ({counts})")
     return records
 
 
-def _read(path: FilePath) -> list[Any]:
+def read_raw(path: FilePath) -> list[Any]:
+    """The JSON list in a file, its records unread."""
     with open(path, encoding="utf-8") as file:
         try:
-            raw = json.load(file)
+            text = file.read()
+            lines = str(path).endswith(".jsonl")
+            raw = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
         except ValueError as error:  # bad JSON and bad UTF-8 alike
             raise ValueError(f"{path}: not a JSON file ({error}); expected one JSON list of records") from error
     if not isinstance(raw, list) or not raw:
@@ -237,6 +283,61 @@ def _knowedit(fields: _Fields) -> Record:
     )
 
 
+def _wikibigedit(fields: _Fields) -> Record:
+    answer = fields.text("ans")
+    return Record(
+        case_id=fields.case_id(),
+        prompt=fields.text("update"),
+        subject=fields.text("subject"),
+        target_new=answer,
+        ground_truth=fields.text("ground_truth", default=""),
+        rephrases=fields.texts("rephrase"),
+        locality=fields.pair(NEIGHBORHOOD, "loc", "loc_ans"),
+        portability=(
+            *(Probe(PERSONAS, prompt, answer) for prompt in fields.texts("personas")),
+            *fields.pair(MULTI_HOP, "mhop", "mhop_ans"),
+        ),
+    )
+
+
+def _mquake(fields: _Fields) -> list[Record]:
+    rewrites = fields.inners("requested_rewrite")
+    answer = fields.text("new_answer", default="")
+    hops = tuple(Probe(MULTI_HOP, question, answer) for question in fields.texts("questions") if answer)
+    found = []
+    for number, rewrite in enumerate(rewrites):
+        subject, template = rewrite.text("subject"), rewrite.text("prompt")
+        if template.count("{}") != 1:
+            raise rewrite.error("prompt", f"must hold the subject's place, {{}}, exactly once; got {template!r}")
+        last = number == len(rewrites) - 1
+        found.append(
+            Record(
+                case_id=fields.case_id() if len(rewrites) == 1 else f"{fields.case_id()}.{number}",
+                prompt=template.replace("{}", subject),
+                subject=subject,
+                target_new=rewrite.inner("target_new").text("str"),
+                ground_truth=rewrite.inner("target_true").text("str"),
+                rephrases=rewrite.texts("question"),
+                portability=hops if last else (),  # asked once every step of it is written
+            )
+        )
+    return found
+
+
+def _hallucination(fields: _Fields) -> Record:
+    prompt, named = fields.text("prompt"), fields.text("subject")
+    at = prompt.lower().find(named.replace("_", " ").lower())
+    return Record(
+        case_id=fields.case_id(),
+        prompt=prompt,
+        subject=named if at < 0 else prompt[at : at + len(named)],
+        target_new=fields.text("target_new"),
+        ground_truth=fields.text("ground_truth", default=""),
+        rephrases=fields.texts("rephrase_prompt"),
+        locality=fields.pair(NEIGHBORHOOD, "locality_prompt", "locality_ground_truth"),
+    )
+
+
 class _Fields:
     """One JSON object of a file, read field by field, with errors that say where it stands."""
 
@@ -256,6 +357,13 @@ class _Fields:
     def inner(self, name: str) -> _Fields:
         self._require(name)
         return _Fields(self.path, self.index, self.raw[name], f"{self.prefix}{name}.")
+
+    def inners(self, name: str) -> list[_Fields]:
+        self._require(name)
+        value = self.raw[name]
+        if not isinstance(value, list) or not value:
+            raise self.error(name, f"must be a list of objects, not {_kind(value)}")
+        return [_Fields(self.path, self.index, item, f"{self.prefix}{name}[{i}].") for i, item in enumerate(value)]
 
     def case_id(self) -> str:
         for name in ("case_id", "id"):
@@ -333,3 +441,15 @@ class _Fields:
 
 def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
+
+
+Read: TypeAlias = "Callable[[_Fields], Record | list[Record]]"
+
+SHAPES: dict[str, Read] = {
+    "zsre": _zsre,
+    "counterfact": _counterfact,
+    "knowedit": _knowedit,
+    "wikibigedit": _wikibigedit,
+    "mquake": _mquake,
+    "hallucination": _hallucination,
+}

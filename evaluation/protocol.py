@@ -2,26 +2,33 @@
 
 Scoring an edit right after it is made, as the toolkit's sequential modes do, measures neither what later edits destroy
 nor what the edit itself does to the answers that were scored before it.
+
+`run` writes what it measures into a journal and skips what is there already; `consecutive` is the same run in memory,
+with its figures as one `Outcome`.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from .data import Record
-from .metrics import Answer, agreement, answers, perplexity
+from .journal import Journal, Memory, Phase
+from .metrics import Answer, Asking, agreement, answers, forward_seconds, generate, perplexity_of, window_losses
 
 METRICS = ("reliability", "generality", "locality", "portability")
+BEFORE = "before"
 
 
 class EditingMethod(Protocol):
@@ -30,6 +37,11 @@ class EditingMethod(Protocol):
     name: str
     model: nn.Module
     tokenizer: Any
+
+    @property
+    def asking(self) -> Asking:
+        """How its model is asked."""
+        ...
 
     def prepare(self) -> None:
         """What is done once for a model and kept on disk (key statistics); not part of the time of an edit."""
@@ -43,15 +55,71 @@ class EditingMethod(Protocol):
         """Memory that the edits occupy beside the model."""
         ...
 
+    def state(self) -> Any:
+        """Everything that the next batch builds on; a later edit does not change it."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Return to a `state`, of this process or of another one with the same model and settings."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    `reset`: every batch starts from the unedited model and is scored alone (single-round editing); otherwise batches
+    follow one another (consecutive editing).
+    """
+
+    batch_size: int
+    held_text: str
+    reset: bool = False
+    evaluate_at: tuple[int, ...] = ()  # score all edits so far after the batch that reaches each of these numbers
+    rivals: bool = False  # also read the answers that success scores compare with
+    new_tokens: int = 0  # of free generation for every edited prompt; 0: none
+    forward_repeats: int = 0  # forward passes that are timed; 0: none
+    held_window: int = 512
+    held_tokens: int = 4096
+    seed: int = 0
+    extra: Callable[[EditingMethod, Sequence[Record]], list[dict[str, Any]]] | None = None  # per record, after edits
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if any(step < 1 for step in self.evaluate_at):
+            raise ValueError(f"evaluate_at is {list(self.evaluate_at)}; give numbers of edits, from 1 on")
+
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model says at one record's probes."""
+    """What the model says at one record's probes; rivals are the answers that success scores compare with."""
 
     prompt: list[Answer]
     rephrases: list[Answer]
     locality: list[Answer]
     portability: list[Answer]
+    prompt_rivals: list[Answer] = field(default_factory=list)  # the old answer, at the prompt
+    rephrase_rivals: list[Answer] = field(default_factory=list)  # the old answer, at each rephrasing
+    locality_rivals: list[Answer] = field(default_factory=list)  # the new answer, at each neighbour
+
+    def to_dict(self) -> dict[str, list[list[Any]]]:
+        """As JSON holds it: (said, wanted, nll) of every answer."""
+        return {name: [[a.said, a.wanted, _rounded(a.nll)] for a in getattr(self, name)] for name in _GROUPS}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Reading:
+        """What `to_dict` gave, from a mapping that may hold more."""
+        groups = {name: told.get(name, []) for name in _GROUPS}
+        return cls(
+            **{
+                name: [Answer(said, wanted, math.nan if nll is None else nll) for said, wanted, nll in group]
+                for name, group in groups.items()
+            }
+        )
+
+
+_GROUPS = tuple(Reading.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -87,27 +155,124 @@ class Outcome:
         return {**asdict(self), "perplexity_ratio": self.perplexity_ratio}
 
 
+def run(method: EditingMethod, records: Sequence[Record], plan: Plan, journal: Journal) -> None:
+    """Edit `records` batch after batch; measure before the first, at the steps asked for, and after the last.
+
+    What the journal holds already is not measured again. Batches are made again, with the same random numbers, from
+    the newest state it holds.
+    """
+    method.prepare()
+    start = method.state() if plan.reset else None
+    if journal.phase(BEFORE) is None:
+        journal.keep(measure(method, records, plan, BEFORE, 0))
+    done = _resumed(method, journal, plan)
+    with tqdm(total=len(records), initial=min(done * plan.batch_size, len(records)), desc=f"{method.name}: edits",
+              unit="edit") as bar:  # fmt: skip
+        for number, batch, reached in _batches(records, plan.batch_size):
+            if plan.reset:
+                if journal.phase(batch_phase(number)) is not None:
+                    bar.update(len(batch))
+                    continue
+                method.restore(start)
+            if number >= done:
+                _edit(method, batch, number, plan, journal)
+                bar.update(len(batch))
+            if plan.reset:
+                journal.keep(measure(method, batch, plan, batch_phase(number), len(batch)))
+            elif is_step(reached, len(records), plan) and journal.phase(after_phase(reached)) is None:
+                journal.keep(measure(method, records[:reached], plan, after_phase(reached), reached))
+
+
+def _resumed(method: EditingMethod, journal: Journal, plan: Plan) -> int:
+    """Bring the method to the newest state that the journal holds; returns how many batches are done by that."""
+    found = None if plan.reset else journal.state()
+    if found is None:
+        return 0
+    # A step is measured before the next batch is written, so only the newest one can be missing here.
+    done, state = found
+    method.restore(state)
+    return done
+
+
+def _edit(method: EditingMethod, batch: Sequence[Record], number: int, plan: Plan, journal: Journal) -> None:
+    seed_everything(plan.seed + number)
+    _reset_peak()
+    started = time.perf_counter()
+    method.edit(batch)
+    _wait()
+    seconds = time.perf_counter() - started
+    known = {told["batch"] for told in journal.batches()}
+    if number not in known:  # a batch made again has its time already
+        told = {
+            "batch": number,
+            "edits": len(batch),
+            "seconds": seconds,
+            "kept_megabytes": method.kept_bytes() / 2**20,
+            "peak_megabytes": peak_megabytes(),
+        }
+        journal.keep_batch(told, None if plan.reset else method.state)
+
+
+def _batches(records: Sequence[Record], size: int) -> Iterator[tuple[int, Sequence[Record], int]]:
+    """Number of the batch, its records, and how many records there are up to its end."""
+    for number, start in enumerate(range(0, len(records), size)):
+        batch = records[start : start + size]
+        yield number, batch, start + len(batch)
+
+
+def is_step(reached: int, total: int, plan: Plan) -> bool:
+    """Whether all edits so far are scored after the batch that ends at `reached`: it passes a number asked for."""
+    first = reached - (reached % plan.batch_size or plan.batch_size)
+    return reached == total or any(first < step <= reached for step in plan.evaluate_at)
+
+
+def after_phase(reached: int) -> str:
+    """Name of the phase that scores everything after that many edits."""
+    return f"after-{reached:06d}"
+
+
+def batch_phase(number: int) -> str:
+    """Name of the phase that scores one batch of single-round editing."""
+    return f"batch-{number:06d}"
+
+
+def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: str, edits: int) -> Phase:
+    """Read every probe of `records` and the held text."""
+    model, tokenizer, asking = method.model, method.tokenizer, method.asking
+    readings = read(model, tokenizer, records, f"scores {name}", plan.rivals, asking)
+    rows: list[dict[str, Any]] = [
+        {"case_id": record.case_id, **reading.to_dict(), "texts": _texts(tokenizer, reading)}
+        for record, reading in zip(records, readings, strict=True)
+    ]
+    if plan.new_tokens:
+        prompts = [record.prompt for record in records]
+        for row, text in zip(rows, generate(model, tokenizer, prompts, plan.new_tokens, asking), strict=True):
+            row["generated"] = text
+    if plan.extra is not None and name != BEFORE:
+        for row, more in zip(rows, plan.extra(method, records), strict=True):
+            row.update(more)
+    told: dict[str, Any] = {"phase": name, "edits": edits, "records": len(records)}
+    if plan.held_text:
+        held = (plan.held_text, plan.held_tokens, plan.held_window)
+        told["held"] = window_losses(model, tokenizer, *held, asking=asking)
+        told["forward_seconds"] = forward_seconds(
+            model, tokenizer, plan.held_text, repeats=plan.forward_repeats, asking=asking
+        ) if plan.forward_repeats else []  # fmt: skip
+    return Phase(name, told, rows)
+
+
 def consecutive(
     method: EditingMethod, records: Sequence[Record], batch_size: int, held_text: str, samples: int = 5
 ) -> Outcome:
     """Edit `records` batch after batch, and measure before the first and after the last."""
-    method.prepare()
-    before = read(method.model, method.tokenizer, records, "scores before")
-    perplexity_before = perplexity(method.model, method.tokenizer, held_text)
+    journal = Memory()
     spread = records[:: max(1, len(records) // samples)][:samples] if samples else []
+    method.prepare()
     said_before = generate(method.model, method.tokenizer, [record.prompt for record in spread])
-
-    seconds = 0.0
-    with tqdm(total=len(records), desc=f"{method.name}: edits", unit="edit") as bar:
-        for start in range(0, len(records), batch_size):
-            batch = records[start : start + batch_size]
-            started = time.perf_counter()
-            method.edit(batch)
-            seconds += time.perf_counter() - started
-            bar.update(len(batch))
-
-    after = read(method.model, method.tokenizer, records, "scores after")
+    run(method, records, Plan(batch_size, held_text), journal)
     said_after = generate(method.model, method.tokenizer, [record.prompt for record in spread])
+    old, new = journal.phases[BEFORE], journal.phases[after_phase(len(records))]
+    before, after = ([Reading.from_dict(row) for row in phase.rows] for phase in (old, new))
     scores = [(score(b, b), score(b, a)) for b, a in zip(before, after, strict=True)]
     return Outcome(
         method=method.name,
@@ -117,26 +282,33 @@ def consecutive(
                 "prompt": record.prompt,
                 "subject": record.subject,
                 "target_new": record.target_new,
-                "before": _known(asdict(old)),
-                "after": _known(asdict(new)),
+                "before": _known(asdict(b)),
+                "after": _known(asdict(a)),
             }
-            for record, (old, new) in zip(records, scores, strict=True)
+            for record, (b, a) in zip(records, scores, strict=True)
         ],
-        before=mean_scores([old for old, _ in scores]),
-        after=mean_scores([new for _, new in scores]),
-        perplexity_before=perplexity_before,
-        perplexity_after=perplexity(method.model, method.tokenizer, held_text),
-        seconds_per_edit=seconds / len(records),
+        before=mean_scores([b for b, _ in scores]),
+        after=mean_scores([a for _, a in scores]),
+        perplexity_before=perplexity_of(old.told["held"]),
+        perplexity_after=perplexity_of(new.told["held"]),
+        seconds_per_edit=sum(told["seconds"] for told in journal.done) / len(records),
         kept_megabytes=method.kept_bytes() / 2**20,
         peak_megabytes=peak_megabytes(),
         samples=[
-            {"prompt": record.prompt, "target": record.target_new, "before": old, "after": new}
-            for record, old, new in zip(spread, said_before, said_after, strict=True)
+            {"prompt": record.prompt, "target": record.target_new, "before": b, "after": a}
+            for record, b, a in zip(spread, said_before, said_after, strict=True)
         ],
     )
 
 
-def read(model: nn.Module, tokenizer: Any, records: Sequence[Record], what: str = "scores") -> list[Reading]:
+def read(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[Record],
+    what: str = "scores",
+    rivals: bool = False,
+    asking: Asking | None = None,
+) -> list[Reading]:
     """Ask the model every probe of every record."""
     asked: list[tuple[str, str]] = []
     counts = []
@@ -147,12 +319,19 @@ def read(model: nn.Module, tokenizer: Any, records: Sequence[Record], what: str 
             [(probe.prompt, probe.answer) for probe in record.locality],
             [(probe.prompt, probe.answer) for probe in record.portability],
         ]
+        if rivals:
+            old = [record.ground_truth] if record.ground_truth else []
+            probes += [
+                [(record.prompt, truth) for truth in old],
+                [(prompt, truth) for truth in old for prompt in record.rephrases],
+                [(probe.prompt, record.target_new) for probe in record.locality],
+            ]
         counts.append([len(group) for group in probes])
         asked += [probe for group in probes for probe in group]
     chunk = 64
     said: list[Answer] = []
     for start in tqdm(range(0, len(asked), chunk), desc=what, unit="batch", leave=False):
-        said += answers(model, tokenizer, asked[start : start + chunk])
+        said += answers(model, tokenizer, asked[start : start + chunk], asking=asking)
     source = iter(said)
     return [Reading(*([next(source) for _ in range(count)] for count in row)) for row in counts]
 
@@ -172,32 +351,38 @@ def mean_scores(scores: Sequence[Scores]) -> dict[str, float]:
     return {name: _mean([getattr(one, name) for one in scores]) for name in METRICS}
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 12) -> list[str]:
-    """Greedy continuations, each prompt by itself."""
-    rows = continuations(model, tokenizer, prompts, tokens)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-@torch.no_grad()
-def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 12, use_cache: bool = True
-) -> list[list[int]]:
-    """The same as token ids, with a natural stop."""
-    rows = []
-    for prompt in tqdm(prompts, desc="generating" if use_cache else "generating without cache", leave=False):
-        # Some tokenizers give more than a model's generate takes.
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-        out = model.generate(
-            **ids, max_new_tokens=tokens, do_sample=False, use_cache=use_cache, pad_token_id=tokenizer.eos_token_id
-        )
-        rows.append(out[0, ids["input_ids"].shape[1] :].tolist())
-    return rows
+def seed_everything(seed: int) -> None:
+    """Every generator that a method of the toolkit may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is what the toolkit uses
+    torch.manual_seed(seed)
 
 
 def peak_megabytes() -> float:
-    """Largest resident memory of this process so far."""
+    """Largest memory so far: resident memory of this process, or with CUDA what was allocated on the device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _texts(tokenizer: Any, reading: Reading) -> dict[str, list[str]]:
+    """What was said at each probe, for people."""
+    return {
+        name: [tokenizer.decode(answer.said).strip() for answer in getattr(reading, name)]
+        for name in ("prompt", "rephrases", "locality", "portability")
+    }
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _wait() -> None:
+    """Until the device has done what was asked of it: times are wall clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -208,3 +393,7 @@ def _mean(values: Sequence[float]) -> float:
 def _known(scores: dict[str, float]) -> dict[str, float]:
     """Without NaN, which JSON does not know."""
     return {name: value for name, value in scores.items() if not math.isnan(value)}
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)

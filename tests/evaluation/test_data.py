@@ -19,7 +19,9 @@ from evaluation.data import (
     Records,
     load_counterfact,
     load_facts,
+    load_hallucination,
     load_knowedit,
+    load_mquake,
     load_records,
     load_zsre,
 )
@@ -375,3 +377,80 @@ def test_shipped_facts_load_from_any_working_directory(tmp_path: Path, monkeypat
     assert isinstance(records, Records)
     assert len(records) == 3
     assert not records.skipped
+
+
+# ------------------------------------------------------------------------------------- shapes with questions in steps
+
+WIKIBIGEDIT: dict[str, Any] = {
+    "subject": "Port Ellis",
+    "update": "Who is the mayor of Port Ellis?",
+    "ans": "Ida Holt",
+    "rephrase": "Which person governs Port Ellis?",
+    "personas": "Arr, who be the mayor of Port Ellis?",
+    "mhop": "Where was the mayor of Port Ellis born?",
+    "mhop_ans": "Hull",
+    "loc": "Who is the mayor of Fern Bay?",
+    "loc_ans": "Ann Cole",
+}
+MQUAKE: dict[str, Any] = {
+    "case_id": 3,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is led by",
+            "question": "Who leads Port Ellis?",
+            "target_new": {"str": "Ida Holt", "id": "Q1"},
+            "target_true": {"str": "Tom Reed", "id": "Q2"},
+            "subject": "Port Ellis",
+        },
+        {
+            "prompt": "{} was born in",
+            "question": "Where was Ida Holt born?",
+            "target_new": {"str": "Hull", "id": "Q3"},
+            "target_true": {"str": "York", "id": "Q4"},
+            "subject": "Ida Holt",
+        },
+    ],
+    "questions": ["Where was the leader of Port Ellis born?", "What is the birthplace of Port Ellis's leader?"],
+    "answer": "Leeds",
+    "new_answer": "Hull",
+}
+HALLUCINATION: dict[str, Any] = {
+    "prompt": "This is a Wikipedia passage about john russell brun. John Russell Brun (1820 to 1890) was",
+    "target_new": " an English painter",
+    "subject": "john_russell_brun",
+    "locality_prompt": "The sea was calm",
+    "locality_ground_truth": " that night",
+}
+
+
+def test_wikibigedit_record_keeps_the_questions_of_other_people_and_in_steps(tmp_path: Path) -> None:
+    (found,) = load_records(write(tmp_path, [WIKIBIGEDIT]))
+    assert (found.prompt, found.subject, found.target_new) == (WIKIBIGEDIT["update"], "Port Ellis", "Ida Holt")
+    assert found.rephrases == (WIKIBIGEDIT["rephrase"],)
+    assert found.locality == (Probe("neighborhood", "Who is the mayor of Fern Bay?", "Ann Cole"),)
+    assert found.portability == (
+        Probe("personas", WIKIBIGEDIT["personas"], "Ida Holt"),
+        Probe("multi_hop", WIKIBIGEDIT["mhop"], "Hull"),
+    )
+
+
+def test_mquake_asks_in_steps_only_when_every_step_is_written(tmp_path: Path) -> None:
+    one, other = load_records(write(tmp_path, [MQUAKE]))
+    assert (one.case_id, one.prompt, one.target_new) == ("3.0", "Port Ellis is led by", "Ida Holt")
+    assert (other.case_id, other.prompt, other.ground_truth) == ("3.1", "Ida Holt was born in", "York")
+    assert one.portability == ()
+    assert other.portability == tuple(Probe("multi_hop", question, "Hull") for question in MQUAKE["questions"])
+    assert len(load_records(write(tmp_path, [MQUAKE]), limit=1)) == 1
+
+
+def test_hallucination_subjects_are_found_in_their_passage(tmp_path: Path) -> None:
+    once = {**HALLUCINATION, "prompt": "A passage about John Russell Brun, a painter, says that he was"}
+    (found,) = load_hallucination(write(tmp_path, [once]))
+    assert (found.subject, found.target_new) == ("John Russell Brun", "an English painter")
+    with pytest.raises(ValueError, match="subject not in the prompt: 1"):
+        load_hallucination(write(tmp_path, [{**once, "subject": "ada_brun"}]))
+
+
+def test_mquake_without_a_list_of_edits_names_the_field(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"requested_rewrite.*must be a list of objects, not str"):
+        load_mquake(write(tmp_path, [{**MQUAKE, "requested_rewrite": "x"}]))

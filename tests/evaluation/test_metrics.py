@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluation.data import Probe, Record
-from evaluation.metrics import agreement, answers, perplexity
+from evaluation.metrics import Asking, agreement, answers, perplexity
 from evaluation.protocol import METRICS, consecutive, read, score
 
 PROBES = [
@@ -71,6 +71,7 @@ class Overwriting:
     """A "method" whose n-th batch makes the model say a token always: later batches destroy earlier ones."""
 
     name = "overwriting"
+    asking = Asking()
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer, self.calls = model, tokenizer, 0
@@ -89,6 +90,10 @@ class Overwriting:
 
     def kept_bytes(self) -> int:
         return 0
+
+    def state(self) -> None: ...
+
+    def restore(self, state: None) -> None: ...
 
 
 def test_an_edit_that_a_later_batch_destroys_counts_as_lost(tiny: Callable[..., Any], tokenizer: Any) -> None:

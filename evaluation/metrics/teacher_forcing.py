@@ -1,4 +1,4 @@
-"""The toolkit's scores, computed in batches (`easyeditor/evaluate/evaluate.py`, teacher forcing), and perplexity.
+"""The toolkit's scores, computed in batches (`easyeditor/evaluate/evaluate.py`, teacher forcing).
 
 A probe is a prompt and an answer. The model reads `prompt + " " + answer`; at every token of the answer its most
 likely token is compared with the answer's own (reliability, generality, portability) or with what it said before the
@@ -8,7 +8,7 @@ edits (locality).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,21 @@ class Answer:
 
     said: list[int]  # the model's most likely tokens
     wanted: list[int]  # the answer's tokens
+    nll: float = math.nan  # mean negative log-likelihood of the answer's tokens
 
     @property
     def accuracy(self) -> float:
         """Share of the answer's tokens that the model says."""
         return agreement(self.said, self.wanted)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a method's model has to be asked. The defaults are right for any model whose rows do not see each other."""
+
+    alone: bool = False  # one row at a time: what the method answers depends on batch mates or padding
+    use_cache: bool = True  # in generation
+    at: Callable[[int], None] | None = None  # told the place of the prompt's last token before each row; -1: of any
 
 
 def agreement(one: Sequence[int], other: Sequence[int]) -> float:
@@ -39,9 +49,14 @@ def agreement(one: Sequence[int], other: Sequence[int]) -> float:
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer: Any, probes: Sequence[tuple[str, str]], batch_tokens: int = 4096
+    model: nn.Module,
+    tokenizer: Any,
+    probes: Sequence[tuple[str, str]],
+    batch_tokens: int = 4096,
+    asking: Asking | None = None,
 ) -> list[Answer]:
     """Read every (prompt, answer) and note what the model says at the answer's tokens."""
+    asking = asking or Asking()
     device = next(model.parameters()).device
     encoded = []
     for index, (prompt, answer) in enumerate(probes):
@@ -52,9 +67,11 @@ def answers(
     start = 0
     while start < len(encoded):
         stop = start + 1
-        while stop < len(encoded) and len(encoded[stop][2]) * (stop + 1 - start) <= batch_tokens:
+        while not asking.alone and stop < len(encoded) and len(encoded[stop][2]) * (stop + 1 - start) <= batch_tokens:
             stop += 1
         rows = encoded[start:stop]
+        if asking.at is not None:
+            asking.at(rows[0][1] - 1)
         width = max(len(ids) for _, _, ids in rows)
         ids_in = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids_in)
@@ -62,23 +79,10 @@ def answers(
             ids_in[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
         logits = model(input_ids=ids_in.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        said = logits.argmax(-1).cpu()  # (b, T)
         for row, (index, first, ids) in enumerate(rows):
-            found[index] = Answer(said[row, first - 1 : len(ids) - 1].tolist(), list(ids[first:]))
+            at_answer = logits[row, first - 1 : len(ids) - 1].float()  # (answer, vocabulary)
+            wanted = torch.tensor(ids[first:], device=device)
+            nll = F.cross_entropy(at_answer, wanted).item() if len(wanted) else math.nan
+            found[index] = Answer(at_answer.argmax(-1).tolist(), list(ids[first:]), nll)
         start = stop
     return [answer for answer in found if answer is not None]
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, tokenizer: Any, text: str, max_tokens: int = 4096, window: int = 512) -> float:
-    """exp of the mean NLL over the first `max_tokens` of `text`, read in windows without overlap."""
-    device = next(model.parameters()).device
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens], device=device)
-    total, count = 0.0, 0
-    for part in ids.split(window):
-        if len(part) < 2:
-            continue
-        logits = model(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False).logits
-        total += F.cross_entropy(logits[0, :-1].float(), part[1:], reduction="sum").item()
-        count += len(part) - 1
-    return math.exp(total / count)

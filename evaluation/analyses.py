@@ -1,0 +1,152 @@
+"""The pictures of the paper's analyses, from what the sweeps under `evaluation/conf/experiment` left.
+
+    python -m evaluation.run -m experiment=lambda && python -m evaluation.analyses results/lambda
+
+What was swept becomes the horizontal axis. Of a run with `protocol.key_scores=true` (`experiment=key_token`) the
+picture is the z-score of the subject's last token against the mean of the prompt's other tokens, by layer and step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from .leaderboard import Row, load_jobs, row_of
+from .leaderboard.jobs import Job
+from .leaderboard.plots import COLOURS, MARKERS
+from .protocol import METRICS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="results/<run> of each analysis")
+    for folder in parser.parse_args().folders:
+        jobs = load_jobs(folder)
+        if not jobs:
+            parser.error(f"{folder} holds no finished job; run python -m evaluation.run -m experiment={folder.name}")
+        scored = [job for job in jobs if has_key_scores(job)]
+        if scored:
+            draw_key_token(key_token(scored[0]), folder / "key-token.png")
+            print(f"{folder / 'key-token.png'}: of {scored[0].folder.name}")
+        else:
+            rows = [row_of(job) for job in jobs]
+            name = swept(rows)
+            if name is None:
+                parser.error(f"{folder}: nothing was swept there; its leaderboard shows all of it")
+            draw_sweep(rows, name, folder / f"{name}.png")
+            print(f"{folder / name}.png")
+
+
+def swept(rows: Sequence[Row]) -> str | None:
+    """What differs between the rows: a hyperparameter that was overridden, or the batch size."""
+    names = dict.fromkeys(name for row in rows for name in row.overrides)
+    for name in names:
+        if len({str(row.overrides.get(name)) for row in rows}) > 1:
+            return str(name)
+    return "batch_size" if len({row.batch_size for row in rows}) > 1 else None
+
+
+def value_of(row: Row, name: str) -> float:
+    """Where a row stands on the axis; of a list of layers, their number."""
+    value = row.batch_size if name == "batch_size" else row.overrides[name]
+    return float(len(value) if isinstance(value, list) else value)
+
+
+def draw_sweep(rows: Sequence[Row], name: str, path: Path) -> None:
+    """The scores over what was swept, with intervals, and the perplexity ratio beside them."""
+    figure, (left, right) = _figure(2)
+    known = sorted(
+        (row for row in rows if name == "batch_size" or name in row.overrides), key=lambda row: value_of(row, name)
+    )
+    for axis, metrics in ((left, METRICS), (right, ("perplexity_ratio",))):
+        for i, metric in enumerate(metrics):
+            points = [
+                (value_of(row, name), row.metrics[metric])
+                for row in known
+                if row.metrics[metric][0] == row.metrics[metric][0]
+            ]
+            if points:
+                x = [at for at, _ in points]
+                y = [of[0] for _, of in points]
+                below = [max(0.0, of[0] - of[1]) for _, of in points]
+                above = [max(0.0, of[2] - of[0]) for _, of in points]
+                axis.errorbar(x, y, yerr=[below, above], marker=MARKERS[i], color=COLOURS[i], capsize=2, label=metric)
+        axis.set_xlabel(name.replace("_", " ") + (" (number)" if name == "layers" else ""))
+        values = [value_of(row, name) for row in known]
+        if min(values) > 0 and max(values) / min(values) > 20:
+            axis.set_xscale("log")
+    left.set_ylim(-0.02, 1.04)
+    left.set_title(f"{known[0].dataset}, {known[0].edits} edits", loc="left", fontsize=10)
+    right.set_title("Perplexity ratio", loc="left", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def has_key_scores(job: Job) -> bool:
+    """Whether the norms of the edited prompts' tokens were kept."""
+    return job.after is not None and all("norms" in row for row in job.after.rows)
+
+
+def key_token(job: Job) -> dict[str, dict[int, tuple[float, float]]]:
+    """By layer and number of edits: mean z of the subjects' last tokens, and of all other tokens' means."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for edits, phase in sorted(job.steps.items()):
+        by_layer: dict[str, list[tuple[float, float]]] = {}
+        for row in phase.rows:
+            for layer, norms in row["norms"].items():
+                scores = z_scores(norms)
+                others = [score for place, score in enumerate(scores) if place != row["subject"]]
+                if others:
+                    by_layer.setdefault(layer, []).append((scores[row["subject"]], statistics.fmean(others)))
+        for layer, pairs in by_layer.items():
+            key, rest = zip(*pairs, strict=True)
+            found.setdefault(layer, {})[edits] = (statistics.fmean(key), statistics.fmean(rest))
+    return found
+
+
+def z_scores(norms: Sequence[float]) -> list[float]:
+    """How far each norm stands out from its sequence (paper, Eq. 10); zeros where all are alike."""
+    if len(norms) < 2 or not (spread := statistics.stdev(norms)):
+        return [0.0] * len(norms)
+    middle = statistics.fmean(norms)
+    return [(norm - middle) / spread for norm in norms]
+
+
+def draw_key_token(found: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    """Two lines for each layer: the key token's z, and the mean of the others'."""
+    figure, axes = _figure(1)
+    for i, (layer, steps) in enumerate(sorted(found.items(), key=lambda pair: int(pair[0]))):
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        axes[0].plot(list(steps), [key for key, _ in steps.values()], label=f"layer {layer}", **style)
+        axes[0].plot(list(steps), [rest for _, rest in steps.values()], linestyle=":", **style)
+    axes[0].set(xlabel="edits so far", ylabel="z of ||Δk||")
+    axes[0].set_title("Subject's last token (solid), mean of the others (dotted)", loc="left", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, 3.6), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=140)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

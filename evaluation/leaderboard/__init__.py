@@ -1,0 +1,125 @@
+"""What the jobs of a run say together: `leaderboard.md`, `.csv`, `.json`, plots, and one HTML page.
+
+    python -m evaluation.leaderboard results/board
+
+makes them again from what lies in `results/board/jobs`; `evaluation.run` does so at its end.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from .jobs import Job, load_jobs, unfinished
+from .page import page
+from .plots import retention, trade_off
+from .rows import COLUMNS, Row, row_of
+
+__all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "load_jobs", "markdown", "row_of"]
+
+SHOWN = ("reliability", "generality", "locality", "portability", "mean", "free_generation", "perplexity_ratio",
+         "seconds_per_edit")  # fmt: skip
+
+
+def build(folder: Path) -> list[Row]:
+    """Write the leaderboard of `folder` beside its jobs, and return its rows."""
+    jobs = load_jobs(folder)
+    if not jobs:
+        return []
+    found = sorted(((row_of(job), job) for job in jobs), key=lambda pair: _order(pair[0]))
+    rows, jobs = [row for row, _ in found], [job for _, job in found]
+    told = [row.to_dict() for row in rows]
+    (folder / "leaderboard.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "leaderboard.csv").write_text(table(rows), encoding="utf-8")
+    (folder / "leaderboard.md").write_text(markdown(rows), encoding="utf-8")
+    plots = {}
+    for name, draw in (("retention", retention), ("trade-off", trade_off)):
+        if draw(rows, jobs, folder / name):
+            plots[name] = (folder / f"{name}.svg").read_text(encoding="utf-8")
+    (folder / "leaderboard.html").write_text(page(folder.name, rows, jobs, plots), encoding="utf-8")
+    return rows
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By data set and size; the best first."""
+    mean = row.metrics["mean"][0]
+    return (row.dataset, row.protocol, row.edits, -mean if mean == mean else 2.0, row.method)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as CSV: each metric, then the ends of its interval."""
+    text = io.StringIO()
+    told = [row.to_dict() for row in rows]
+    names = [name for name in told[0] if not name.endswith("_interval") and name not in COLUMNS]
+    head = [*names, *(part for name in COLUMNS for part in (name, f"{name}_low", f"{name}_high"))]
+    lines = csv.DictWriter(text, head, lineterminator="\n")
+    lines.writeheader()
+    for row in told:
+        plain = {name: json.dumps(row[name]) if isinstance(row[name], dict) else row[name] for name in names}
+        for name in COLUMNS:
+            low, high = row[f"{name}_interval"] or (None, None)
+            plain |= {name: row[name], f"{name}_low": low, f"{name}_high": high}
+        lines.writerow(plain)
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
+    """A table for each data set, protocol and number of edits; intervals (95 %, bootstrap) in brackets."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.dataset, row.protocol, row.edits), []).append(row)
+    parts = []
+    for (dataset, protocol, edits), group in groups.items():
+        used = [name for name in columns if any(row.metrics[name][0] == row.metrics[name][0] for row in group)]
+        lines = [
+            f"### {dataset}, {edits} edits, {protocol}",
+            "",
+            f"| method | batch | {' | '.join(name.replace('_', ' ') for name in used)} |",
+            "|---|---:|" + "---:|" * len(used),
+        ]
+        lines += [
+            f"| {row.method} | {row.batch_size} | {' | '.join(cell(row, name) for name in used)} |" for row in group
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def cell(row: Row, name: str) -> str:
+    """A figure and its interval, as text."""
+    value, low, high = row.metrics[name]
+    if value != value:
+        return ""
+    digits = 1 if name in ("seconds_per_edit", "peak_megabytes", "kept_megabytes") else 3
+    return f"{value:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+
+
+class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]
+    """Writes the leaderboard when a run or a sweep is over, and tells what did not finish."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+
+    def on_run_end(self, config: Any, **_: Any) -> None:
+        self.tell(Path(config.out) / config.run)
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        self.tell(Path(config.out) / config.run)
+
+    def tell(self, folder: Path) -> None:
+        """Leaves the process with status 1 if something that this call ran has failed."""
+        rows = build(folder)
+        if rows:
+            print(f"\n{markdown(rows)}\n{len(rows)} rows in {folder}/leaderboard.html, .md, .csv and .json")
+        failed = [(job, why) for job, why, when in unfinished(folder) if when >= self.started]
+        for job, why in failed:
+            print(f"{job} did not finish: {why}", file=sys.stderr)
+        if failed:
+            sys.exit(1)

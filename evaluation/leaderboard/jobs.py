@@ -1,0 +1,102 @@
+"""The finished jobs of a run, read back from their folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data import Probe, Record
+from ..journal import ABOUT, CONFIG, DONE, FAILED, RECORDS, TOOLKIT, Folder, Phase
+from ..protocol import BEFORE, Reading
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method on one data set under one protocol."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+        return found
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return dict(_json(self.folder / ABOUT))
+
+    @cached_property
+    def done(self) -> dict[str, Any]:
+        return dict(_json(self.folder / DONE))
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return [_record(told) for told in _json(self.folder / RECORDS)]
+
+    @cached_property
+    def journal(self) -> Folder:
+        return Folder(self.folder)
+
+    @cached_property
+    def before(self) -> Phase | None:
+        """What was measured before any edit; None where the toolkit did the scoring."""
+        return self.journal.phase(BEFORE)
+
+    @cached_property
+    def steps(self) -> dict[int, Phase]:
+        """What was measured of everything edited so far, by number of edits; the last one is of all."""
+        names = [name for name in self.journal.phases() if name.startswith("after-")]
+        return {phase.told["edits"]: phase for name in names if (phase := self.journal.phase(name)) is not None}
+
+    @cached_property
+    def after(self) -> Phase | None:
+        """What was measured after the edits, a row for each record: after the last one, or after each batch."""
+        if self.steps:
+            return self.steps[max(self.steps)]
+        names = [name for name in self.journal.phases() if name.startswith("batch-")]
+        phases = [phase for name in names if (phase := self.journal.phase(name)) is not None]
+        if not phases:
+            return None
+        rows = [row for phase in phases for row in phase.rows]
+        held = [phase.told.get("held", []) for phase in phases]
+        seconds = [second for phase in phases for second in phase.told.get("forward_seconds", [])]
+        told = {"edits": len(rows), "held": [window for windows in held for window in windows]}
+        return Phase("batches", {**told, "forward_seconds": seconds, "times": len(phases)}, rows)
+
+    @cached_property
+    def toolkit(self) -> list[dict[str, Any]] | None:
+        """What the toolkit's own editor returned."""
+        path = self.folder / TOOLKIT
+        return list(_json(path)) if self.before is None and path.is_file() else None
+
+    def readings(self, phase: Phase) -> list[Reading]:
+        """The answers of a phase."""
+        return [Reading.from_dict(row) for row in phase.rows]
+
+
+def load_jobs(folder: Path) -> list[Job]:
+    """Every finished job under `folder`."""
+    return [Job(path.parent) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
+
+
+def unfinished(folder: Path) -> list[tuple[str, str, float]]:
+    """Name, reason and time of every job that failed."""
+    found = []
+    for path in sorted((folder / "jobs").glob(f"*/{FAILED}")):
+        why = path.read_text(encoding="utf-8").strip().splitlines()
+        found.append((path.parent.name, why[0] if why else "", path.stat().st_mtime))
+    return found
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _record(told: dict[str, Any]) -> Record:
+    probes = {name: tuple(Probe(**probe) for probe in told.pop(name)) for name in ("locality", "portability")}
+    return Record(**{**told, "rephrases": tuple(told["rephrases"])}, **probes)

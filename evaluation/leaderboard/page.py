@@ -1,0 +1,113 @@
+"""The leaderboard as one HTML file that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data import Probe, Record
+from ..journal import Phase
+from .jobs import Job
+from .rows import COLUMNS, SCORES, Row, record_scores
+
+TEMPLATE = Path(__file__).parent / "page.html"
+GROUPS = ("prompt", "rephrases", "locality", "portability")
+
+
+def page(title: str, rows: Sequence[Row], jobs: Sequence[Job], plots: Mapping[str, str]) -> str:
+    """The page's text.
+
+    Args:
+        plots: SVG by name; they become images, so that nothing in them meets the page.
+    """
+    parts = {
+        "title": html.escape(title),
+        "plots": "\n".join(_figure(name, svg) for name, svg in plots.items()),
+        "data": embedded(_data(rows, jobs)),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    # One pass: what is put in is not looked through again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def embedded(value: Any) -> str:
+    """JSON for a script element: no text in it can end the element, or start another."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _figure(name: str, svg: str) -> str:
+    told = {
+        "retention": "Reliability, generality and locality of everything edited so far, by number of edits",
+        "trade-off": "Reliability and generality against locality, with 95 % intervals",
+    }.get(name, name)
+    source = base64.b64encode(svg.encode()).decode()
+    shown = html.escape(told)
+    image = f'<img alt="{shown}" src="data:image/svg+xml;base64,{source}">'
+    return f"<figure>{image}<figcaption>{shown}</figcaption></figure>"
+
+
+def _data(rows: Sequence[Row], jobs: Sequence[Job]) -> dict[str, Any]:
+    sets: list[list[dict[str, Any]]] = []
+    places: dict[str, int] = {}
+    told = []
+    for row, job in zip(rows, jobs, strict=True):
+        key = json.dumps([job.config["dataset"]["checksum"], [record.case_id for record in job.records]])
+        if key not in places:
+            places[key] = len(sets)
+            sets.append([_record(record) for record in job.records])
+        told.append({**_row(row), "set": places[key], "edits_told": _edits(job)})
+    return {"columns": list(COLUMNS), "rows": told, "sets": sets}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    told = row.to_dict()
+    figures = {name: [told[name], *told[f"{name}_interval"]] for name in COLUMNS if told[name] is not None}
+    kept = ("method", "dataset", "edits", "batch_size", "protocol", "model")
+    return {**{name: told[name] for name in kept}, "figures": {name: _short(v) for name, v in figures.items()}}
+
+
+def _record(record: Record) -> dict[str, Any]:
+    def asked(probes: Sequence[Probe]) -> list[list[str]]:
+        return [[probe.prompt, probe.answer] for probe in probes]
+
+    return {
+        "id": record.case_id,
+        "subject": record.subject,
+        "old": record.ground_truth,
+        "prompt": [[record.prompt, record.target_new]],
+        "rephrases": [[prompt, record.target_new] for prompt in record.rephrases],
+        "locality": asked(record.locality),
+        "portability": asked(record.portability),
+    }
+
+
+def _edits(job: Job) -> list[dict[str, Any]]:
+    """Each edit's scores, and what was said before and after it; the toolkit's own results hold no texts."""
+    scores = [
+        {name: round(value, 4) for name, value in one.items() if name in SCORES and not math.isnan(value)}
+        for one in record_scores(job)
+    ]
+    before, after = _texts(job.before), _texts(job.after)
+    return [
+        {"scores": one, "pre": before[i] if before else {}, "post": after[i] if after else {}}
+        for i, one in enumerate(scores)
+    ]
+
+
+def _texts(phase: Phase | None) -> list[dict[str, Any]]:
+    if phase is None:
+        return []
+    return [{**row.get("texts", {}), "generated": row.get("generated")} for row in phase.rows]
+
+
+def _short(figures: Sequence[float]) -> list[float]:
+    return [round(value, 5) for value in figures]

@@ -1,0 +1,96 @@
+"""The plots of a leaderboard, each as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from .jobs import Job
+from .rows import THREE, Row, record_scores
+
+# Distinguishable with every common kind of colour vision (Okabe and Ito), each with a marker of its own.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#a6761d", "#000000")
+MARKERS = "os^DvP*X<>"
+
+
+def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
+    """Scores of everything edited so far, by number of edits; False where no job was scored on its way."""
+    series = [(row, job) for row, job in zip(rows, jobs, strict=True) if len(job.steps) > 1]
+    if not series:
+        return False
+    datasets = list(dict.fromkeys(row.dataset for row, _ in series))
+    styles = _styles(rows)
+    figure, axes = _figure(len(datasets), len(THREE))
+    for line, dataset in zip(axes, datasets, strict=True):
+        for axis, name in zip(line, THREE, strict=True):
+            for row, job in series:
+                if row.dataset == dataset:
+                    steps = sorted(job.steps)
+                    means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
+                    axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method])
+            axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
+            axis.set_title(f"{dataset}: {name}", loc="left", fontsize=10)
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _save(figure, path)
+    return True
+
+
+def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
+    """Reliability and generality together against locality, with intervals."""
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    styles = _styles(rows)
+    figure, axes = _figure(1, len(datasets), 4.6, 4.0)
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        for row in (row for row in rows if row.dataset == dataset):
+            parts = [row.metrics[name] for name in ("reliability", "generality")]
+            known = [part for part in parts if part[0] == part[0]]
+            across, up = row.metrics["locality"], tuple(np.mean([part[i] for part in known]) for i in range(3))
+            axis.errorbar(
+                across[0], up[0],
+                xerr=[[max(0, across[0] - across[1])], [max(0, across[2] - across[0])]],
+                yerr=[[max(0, up[0] - up[1])], [max(0, up[2] - up[0])]],
+                label=row.method, capsize=2, **{**styles[row.method], "linestyle": "none"},
+            )  # fmt: skip
+        axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="locality")
+        axis.set_ylabel("mean of reliability and generality")
+        axis.set_title(dataset, loc="left", fontsize=10)
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _save(figure, path)
+    return True
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    names = list(dict.fromkeys(row.method for row in rows))
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(sorted(names))
+    }
+
+
+def _figure(lines: int, columns: int, width: float = 3.6, height: float = 3.2) -> tuple[Any, Any]:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (width * columns + 2.2, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "path"}):
+        figure.savefig(path.with_suffix(".png"), dpi=140)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")

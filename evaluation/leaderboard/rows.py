@@ -1,0 +1,165 @@
+"""A row of the leaderboard: every figure of one job, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data import Record
+from ..metrics import (
+    Interval,
+    interval_of_mean,
+    interval_of_mean_score,
+    interval_of_ratio,
+    is_answered,
+    starts_with,
+    success,
+)
+from ..protocol import METRICS, Reading, score
+from .jobs import Job
+
+UNKNOWN: Interval = (math.nan, math.nan, math.nan)
+# The three that every published comparison has.
+THREE = ("reliability", "generality", "locality")
+# Of each record.
+SCORES = (*METRICS, "free_generation", "starts_with_answer", "ES", "PS", "NS", "NKP")
+COLUMNS = (
+    *METRICS,
+    "mean",  # of the three
+    *SCORES[len(METRICS) :],
+    "perplexity_ratio",
+    "seconds_per_edit",
+    "forward_overhead",
+    "kept_megabytes",
+    "peak_megabytes",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line; metrics that were not measured are NaN."""
+
+    method: str
+    dataset: str
+    edits: int
+    batch_size: int
+    protocol: str
+    model: str
+    overrides: dict[str, Any]
+    metrics: dict[str, Interval]
+    job: str  # its folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
+        told: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "metrics"}
+        for name in COLUMNS:
+            value, low, high = self.metrics[name]
+            known = not math.isnan(value)
+            told[name] = value if known else None
+            told[f"{name}_interval"] = [low, high] if known else None
+        return told
+
+
+def label(config: dict[str, Any]) -> str:
+    """The method's name, with what the user changed in it."""
+    changes = config["method"]["overrides"]
+    told = ", ".join(f"{name}={value}" for name, value in changes.items())
+    return config["method"]["label"] + (f" ({told})" if told else "")
+
+
+def row_of(job: Job) -> Row:
+    """Everything that one job measured."""
+    config = job.config
+    seed = config["seed"]
+    scores = record_scores(job)
+    metrics = {name: interval_of_mean([one[name] for one in scores], seed) for name in SCORES}
+    metrics["mean"] = interval_of_mean_score([[one[name] for name in THREE] for one in scores], seed)
+    return Row(
+        method=label(config),
+        dataset=config["dataset"]["name"],
+        edits=config["edits"],
+        batch_size=job.done["batch_size"],
+        protocol=config["protocol"]["name"] + (", sequential" if config["protocol"].get("sequential") else ""),
+        model=config["model"]["name"],
+        overrides=config["method"]["overrides"],
+        metrics={**metrics, **costs(job, seed)},
+        job=job.folder.name,
+    )
+
+
+def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:
+    """Every score of every record, after the last edit or after `step` edits."""
+    if job.toolkit is not None:
+        return [_toolkit_scores(metric["post"]) for metric in job.toolkit]
+    after = job.after if step is None else job.steps[step]
+    assert job.before is not None
+    assert after is not None
+    pairs = zip(job.readings(job.before), job.readings(after), strict=False)
+    return [
+        _scores(record, before, reading, row.get("generated"))
+        for record, (before, reading), row in zip(job.records, pairs, after.rows, strict=False)
+    ]
+
+
+def _scores(record: Record, before: Reading, after: Reading, generated: str | None) -> dict[str, float]:
+    found = dict.fromkeys(SCORES, math.nan) | asdict(score(before, after))
+    if generated is not None:
+        found["free_generation"] = float(is_answered(generated, record.target_new))
+        found["starts_with_answer"] = float(starts_with(generated, record.target_new))
+    if after.prompt_rivals or after.locality_rivals:
+        wins = success(
+            list(zip(after.prompt, after.prompt_rivals, strict=False)),
+            list(zip(after.rephrases, after.rephrase_rivals, strict=False)),
+            list(zip(after.locality, after.locality_rivals, strict=False)),
+            before.locality,
+        )
+        found |= asdict(wins)
+    return found
+
+
+def _toolkit_scores(post: dict[str, Any]) -> dict[str, float]:
+    def mean(values: Any) -> float:
+        flat = [float(value) for value in (values if isinstance(values, list) else [values])]
+        return sum(flat) / len(flat) if flat else math.nan
+
+    def of(section: str) -> list[float]:
+        return [
+            float(value)
+            for name, values in post[section].items()
+            if name.endswith("_acc")
+            for value in (values if isinstance(values, list) else [values])
+        ]
+
+    found = dict.fromkeys(SCORES, math.nan)
+    found["reliability"] = mean(post["rewrite_acc"])
+    found["generality"] = mean(post.get("rephrase_acc", []))
+    return found | {"locality": mean(of("locality")), "portability": mean(of("portability"))}
+
+
+def costs(job: Job, seed: int) -> dict[str, Interval]:
+    """What the edits cost: other text, time and memory."""
+    if job.toolkit is not None:
+        times = [(metric["time"], job.done["batch_size"]) for metric in job.toolkit]
+        known = interval_of_ratio(times, seed=seed) if any(time for time, _ in times) else UNKNOWN
+        return dict.fromkeys(COLUMNS[len(SCORES) + 1 :], UNKNOWN) | {"seconds_per_edit": known}
+    batches, before, after = job.journal.batches(), job.before, job.after
+    assert before is not None
+    assert after is not None
+    held = list(before.told.get("held", [])) * after.told.get("times", 1)
+    last = batches[-1]
+    return {
+        "perplexity_ratio": interval_of_ratio(after.told["held"], held, seed) if held else UNKNOWN,
+        "seconds_per_edit": interval_of_ratio([(told["seconds"], told["edits"]) for told in batches], seed=seed),
+        "forward_overhead": _overhead(before.told.get("forward_seconds", []), after.told.get("forward_seconds", [])),
+        "kept_megabytes": (last["kept_megabytes"],) * 3,
+        "peak_megabytes": (max(told["peak_megabytes"] for told in batches),) * 3,
+    }
+
+
+def _overhead(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """Fastest forward pass over the fastest before any edit, and how far that may be off on a machine in use."""
+    if not before or not after:
+        return UNKNOWN
+    return min(after) / min(before), min(after) / max(before), max(after) / min(before)

@@ -1,0 +1,319 @@
+"""The toolkit's own methods, as they are: their apply functions on their own hyperparameters.
+
+Each is called as `BaseEditor` calls it when edits follow one another. What differs between them and matters to a run
+stands in `TRAITS`; a method that is not there is taken for one that writes weights and takes whole batches if the
+toolkit says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from coachhook_plugin.cache import cache_dir
+from coachhook_plugin.hparams import SMALL_MODEL, CoachHooKHparams
+from coachhook_plugin.smollm2 import smollm2_path
+from coachhook_plugin.toolkit import import_easyeditor
+
+from ..data import Record
+from ..metrics import Asking
+from .settings import ALGORITHMS, settings
+from .statistics import share_statistics
+
+MODELS = "easyeditor.models"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is particular about a method."""
+
+    alone: bool = False  # its answers depend on batch mates: it is asked one row at a time
+    one_by_one: bool = False  # a call writes one fact
+    use_cache: bool = True  # in generation
+    adapter: bool = False  # it puts a module of its own in the place of `inner_params[0]`
+    # "module:name" under easyeditor.models: globals that carry something from one call to the next.
+    memory: tuple[str, ...] = ()
+
+
+TRAITS = {
+    "MEMIT": Traits(memory=("memit.memit_main:CONTEXT_TEMPLATES_CACHE",)),
+    "EMMET": Traits(memory=("emmet.emmet_main:CONTEXT_TEMPLATES_CACHE",)),
+    "AlphaEdit": Traits(
+        memory=tuple(
+            f"alphaedit.AlphaEdit_main:{name}" for name in ("CONTEXT_TEMPLATES_CACHE", "cache_c", "cache_c_new")
+        )
+    ),
+    "ROME": Traits(one_by_one=True, memory=("rome.rome_main:CONTEXT_TEMPLATES_CACHE",)),
+    "R-ROME": Traits(one_by_one=True, memory=("r_rome.r_rome_main:CONTEXT_TEMPLATES_CACHE",)),
+    "SimIE": Traits(one_by_one=True, memory=("rome.rome_main:CONTEXT_TEMPLATES_CACHE",)),
+    # Its side memory answers for a whole batch or for none of it, by the mean over all tokens.
+    "WISE": Traits(
+        alone=True,
+        one_by_one=True,
+        adapter=True,
+        memory=("wise.WISE:edit_history", "wise.WISE:merge_group_edit_history", "wise.utils:CONTEXT_TEMPLATES_CACHE"),
+    ),
+    # Looks at one place of the input, which it is told; its `generate` reads without a cache in the toolkit.
+    "GRACE": Traits(alone=True, one_by_one=True, use_cache=False, adapter=True),
+}
+WISE_SCRATCH = ("original_layer_output", "new_weight_layer_output")
+# Hyperparameters that the release's classes do not know yet.
+NEWER = {"FT": ("objective_optimization",)}
+
+
+class Peer:
+    """A method of the toolkit, writing one batch after another.
+
+    Args:
+        config: its hyperparameters, as in its YAML file.
+        ours: CoachHooK's hyperparameters, which say where the shared key statistics come from.
+        folder: for what it prints, and for files of its own.
+
+    Raises:
+        ValueError: this toolkit has no such method.
+    """
+
+    def __init__(self, config: Mapping[str, Any], ours: CoachHooKHparams, folder: Path) -> None:
+        self.toolkit: Any = import_easyeditor()
+        self.algorithm = self._algorithm(str(config["alg_name"]))
+        self.name = ALGORITHMS.get(self.algorithm.lower(), self.algorithm)
+        self.traits = TRAITS.get(self.algorithm, Traits())
+        self._log, self._folder = folder / f"{self.name.lower()}.log", folder
+        hparams = self._hparams(dict(config))
+        with self._quiet():
+            self.editor: Any = self.toolkit.BaseEditor.from_hparams(hparams)
+        self.model: nn.Module = self.editor.model
+        self.tokenizer: Any = self.editor.tok
+        for part in self._settings_parts():
+            if hasattr(part, "stats_dir"):
+                part.stats_dir = str(cache_dir() / "toolkit-statistics")
+                share_statistics(self.model, self.tokenizer, ours, part)
+        self.loc_prompts: Sequence[str] = ()
+        self._calls = 0
+
+    @property
+    def hparams(self) -> Any:
+        """The method's own hyperparameters."""
+        return self.editor.hparams
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether it writes one fact at a time."""
+        if self.traits.one_by_one:
+            return True
+        batches = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+        return not batches.is_batchable_method(self.algorithm)
+
+    @property
+    def asking(self) -> Asking:
+        """How its model is asked."""
+        at = self._look_at if self.algorithm == "GRACE" else None
+        return Asking(alone=self.traits.alone, use_cache=self.traits.use_cache, at=at)
+
+    def prepare(self) -> None:
+        """The statistics are laid ready when it is made."""
+
+    def edit(self, records: Sequence[Record]) -> None:
+        self.edit_requests([record.request() for record in records])
+
+    def edit_requests(self, requests: list[dict[str, Any]]) -> None:
+        """Write one batch on top of all earlier ones; one fact at a time where the method takes no batches."""
+        for group in [[request] for request in requests] if self.one_by_one else [requests]:
+            self._write([self._with_loc_prompt(request) for request in group])
+
+    def _write(self, requests: list[dict[str, Any]]) -> None:
+        if self.algorithm == "ULTRAEDIT":  # it writes as many as this says, whatever it is given
+            self.hparams.batch_size = self.hparams.batch_size_once = len(requests)
+        with self._quiet():
+            edited, _ = self.editor.apply_algo(
+                self.model,
+                self.tokenizer,
+                requests,
+                self.hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=False,
+            )
+        if not self.traits.adapter:  # those return a shell around the model, and expect the model back
+            self.model = edited
+        self.model.eval()
+
+    def _with_loc_prompt(self, request: dict[str, Any]) -> dict[str, Any]:
+        """WISE also reads a text that it shall not answer; those here belong to records that nobody scores."""
+        self._calls += 1
+        if self.algorithm != "WISE":
+            return request
+        if not self.loc_prompts:
+            raise ValueError("WISE needs texts that it shall leave alone; give them as `loc_prompts`")
+        return {**request, "loc_prompt": self.loc_prompts[(self._calls - 1) % len(self.loc_prompts)]}
+
+    def kept_bytes(self) -> int:
+        if not self.traits.adapter:
+            return 0  # the weights themselves are changed
+        place, name = self._adapter_place()
+        module = getattr(place, name)
+        inside = {id(p): p.numel() * p.element_size() for p in module.parameters()}
+        return sum(inside.values()) - sum(p.numel() * p.element_size() for p in list(module.parameters())[:1])
+
+    # What the edits so far have made: kept between batches, so that a run can go on or start afresh.
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Any]:
+        """Everything that the next batch builds on; a copy."""
+        found: dict[str, Any] = {
+            "calls": self._calls,
+            "weights": {name: p.detach().clone().cpu() for name, p in self._written_weights()},
+            "memory": {place: copy.deepcopy(getattr(*_place(place), None)) for place in self.traits.memory},
+            "simie": {
+                name: copy.deepcopy(value) for name, value in vars(self.hparams).items() if name.startswith("_simie_")
+            },
+        }
+        if self.traits.adapter:
+            place, name = self._adapter_place()
+            module = getattr(place, name)
+            for scratch in WISE_SCRATCH:
+                vars(module).pop(scratch, None)
+            found["adapter"] = copy.deepcopy(module)
+        if self.algorithm == "ULTRAEDIT":
+            executor = self._executor()
+            found["normalizer"] = (
+                copy.deepcopy(executor.alg.lifelong_normalizer.state_dict()) if executor.is_init else None
+            )
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a `state` of this method, of this process or of another one."""
+        self._calls = state["calls"]
+        if self.traits.adapter:
+            place, name = self._adapter_place()
+            setattr(place, name, copy.deepcopy(state["adapter"]))
+        parameters = dict(self.model.named_parameters())
+        for name, value in state["weights"].items():
+            parameters[name].copy_(value)
+        for place_of, value in state["memory"].items():
+            setattr(*_place(place_of), copy.deepcopy(value))
+        for name in [name for name in vars(self.hparams) if name.startswith("_simie_")]:
+            delattr(self.hparams, name)
+        for name, value in state["simie"].items():
+            setattr(self.hparams, name, copy.deepcopy(value))
+        if self.algorithm == "ULTRAEDIT":
+            executor = self._executor()
+            if executor.is_init:
+                executor.reset_model()
+            if state["normalizer"] is not None:
+                executor.init_model(self.model, self.tokenizer, self.hparams)
+                executor.is_init = True
+                executor.alg.lifelong_normalizer.load_state_dict(state["normalizer"])
+
+    def _written_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.traits.adapter:
+            return
+        marks = []
+        for part in self._settings_parts():
+            if hasattr(part, "rewrite_module_tmp"):
+                marks += [part.rewrite_module_tmp.format(layer) for layer in part.layers]
+            marks += list(getattr(part, "inner_params", []))
+        for name, parameter in self.model.named_parameters():
+            if not marks or any(f"{mark.removesuffix('.weight')}." in name for mark in marks):
+                yield name, parameter
+
+    def _settings_parts(self) -> list[Any]:
+        """The hyperparameters, and those of the method inside it."""
+        inner = getattr(self.hparams, "_base_hparams", None)
+        return [self.hparams] if inner is None else [self.hparams, inner]
+
+    def _adapter_place(self) -> tuple[nn.Module, str]:
+        path = self.hparams.inner_params[0].removesuffix(".weight").replace("[", ".").replace("]", "")
+        place, _, name = path.rpartition(".")
+        return self.model.get_submodule(place), name
+
+    def _look_at(self, place: int) -> None:
+        holder, name = self._adapter_place()
+        module = getattr(holder, name)
+        if hasattr(module, "key_id"):
+            module.key_id = place
+
+    def _executor(self) -> Any:
+        return self.editor.apply_algo.__self__
+
+    # How it is found and set up.
+
+    def _algorithm(self, name: str) -> str:
+        registry = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+        for known in registry:
+            if known.lower() == name.lower():
+                return str(known)
+        raise ValueError(
+            f"method {name!r} is not in this EasyEdit, which has {', '.join(sorted(registry))}; set EASYEDIT_HOME to "
+            "the top folder of a checkout for the newer ones"
+        )
+
+    def _hparams(self, config: dict[str, Any]) -> Any:
+        """The method's own hyperparameter object, made by its own reader from a file beside the results."""
+        cls = _hparams_class(self.algorithm)
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in NEWER.get(self.algorithm, ()):
+            if name not in known:
+                config.pop(name, None)
+        made = self._written_file(config)
+        base = config.get("base_method")
+        if base is not None:
+            inner = settings(base, made.stem)
+            self._written_file({**inner, "device": config["device"]})
+        with self._quiet():
+            hparams = cls.from_hparams(str(made))
+        if self.algorithm == "WISE":
+            hparams.sequential_edit = True
+        if self.algorithm == "AlphaEdit":
+            hparams.P_loc = str(self._folder / "null_space_project.pt")  # where it writes it, in its working directory
+        return hparams
+
+    def _written_file(self, config: dict[str, Any]) -> Path:
+        stem = str(config["model_name"]).rpartition("/")[2]
+        path = self._folder / "hparams" / str(config["alg_name"]) / f"{stem}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if config["model_name"] == SMALL_MODEL:
+            config = {**config, "model_name": smollm2_path()}
+            if "tokenizer_name" in config:
+                config["tokenizer_name"] = config["model_name"]
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        return path
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """What the method prints goes to a file, so that progress stays readable."""
+        with self._log.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            yield
+
+
+def _place(where: str) -> tuple[Any, str]:
+    module, _, name = where.partition(":")
+    return importlib.import_module(f"{MODELS}.{module}"), name
+
+
+def _hparams_class(algorithm: str) -> Any:
+    """The hyperparameter class in the package that a method's apply function comes from."""
+    apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[algorithm]
+    owner = getattr(apply, "__self__", None)
+    package = (apply.__module__ if owner is None else type(owner).__module__).rpartition(".")[0]
+    base = importlib.import_module("easyeditor.util.hparams").HyperParams
+    inside = sorted(name for name in sys.modules if f"{name}.".startswith(f"{package}."))
+    for module_name in inside:
+        for name, found in sorted(vars(sys.modules[module_name]).items()):
+            ours = inspect.isclass(found) and issubclass(found, base) and found.__module__ in inside
+            if ours and "multimodal" not in name.lower() and "train" not in name.lower():
+                return found
+    raise ValueError(f"no hyperparameter class of {algorithm} was found in {package}")

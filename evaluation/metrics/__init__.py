@@ -1,0 +1,29 @@
+"""What is measured: answers under teacher forcing, free generation, perplexity and speed, and how sure a mean is."""
+
+from .generation import continuations, first_statement, generate, is_answered, starts_with
+from .intervals import Interval, interval_of_mean, interval_of_mean_score, interval_of_ratio
+from .success import Success, success
+from .teacher_forcing import Answer, Asking, agreement, answers
+from .text import forward_seconds, perplexity, perplexity_of, window_losses
+
+__all__ = [
+    "Answer",
+    "Asking",
+    "Interval",
+    "Success",
+    "agreement",
+    "answers",
+    "continuations",
+    "first_statement",
+    "forward_seconds",
+    "generate",
+    "interval_of_mean",
+    "interval_of_mean_score",
+    "interval_of_ratio",
+    "is_answered",
+    "perplexity",
+    "perplexity_of",
+    "starts_with",
+    "success",
+    "window_losses",
+]

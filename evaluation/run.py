@@ -1,0 +1,125 @@
+"""The leaderboard's command: methods of the toolkit under one protocol, on Hydra.
+
+    python -m evaluation.run -m method=coachhook,memit dataset=facts
+    EASYEDIT_HOME=... python -m evaluation.run method=wise dataset=zsre dataset.path=zsre.json edits=60
+
+Groups are `model`, `dataset`, `method`, `protocol` and `experiment` (under `evaluation/conf`); every method runs in a
+process of its own. `results/<run>/jobs/` gets a folder for each combination, named after all that it depends on, and
+`results/<run>/leaderboard.*` what they say together. A killed run goes on where it stopped when it is called again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from .journal import CONFIG, DONE, FAILED
+from .methods.settings import settings
+from .sources import load_dataset
+
+CONF = Path(__file__).parent / "conf"
+# What changes no figure of a run, and so is no part of its name.
+FREE = ("run", "out", "snapshots", "threads", "again")
+# Files are known by their content, wherever they lie.
+PLACES = ("path", "file", "split")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(config: DictConfig) -> None:
+    """One combination. What cannot be run is told at the end, so that the others of a sweep are."""
+    try:
+        told = resolved(config)
+    except (ValueError, OSError) as error:
+        folder = Path(config.out) / config.run / "jobs" / f"{slug(config.method.label)}-refused"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED).write_text(f"{error}\n", encoding="utf-8")
+    else:
+        run_job(told)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration with everything that it refers to in it: hyperparameters, and the checksum of the data."""
+    told: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    method, model = told["method"], told["model"]
+    changes = {**method.pop("settings"), **method["overrides"]}
+    if model["device"] is not None:
+        changes["device"] = model["device"]
+    told["hparams"] = settings(method["name"], model["name"], changes, method.pop("hparams"))
+    data = load_dataset(edits=told["edits"], **told["dataset"])
+    told["dataset"] = {**told["dataset"], "checksum": data.checksum, "skipped": data.skipped}
+    if told["held_text"]:
+        told["held_checksum"] = hashlib.sha256(Path(told["held_text"]).read_bytes()).hexdigest()
+    told["toolkit"] = "checkout" if os.environ.get("EASYEDIT_HOME") else "release"
+    return told
+
+
+def key(told: dict[str, Any]) -> str:
+    """A short name for everything that a job's figures depend on."""
+    kept = {name: value for name, value in told.items() if name not in (*FREE, "held_text")}
+    kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def job_folder(told: dict[str, Any]) -> Path:
+    """Where a job's results are."""
+    parts = (told["method"]["label"], told["dataset"]["name"], told["protocol"]["name"])
+    name = "-".join(map(slug, parts))
+    size = f"{told['edits']}x{told['batch_size']}"
+    return Path(told["out"]) / told["run"] / "jobs" / f"{name}-{size}-{key(told)}"
+
+
+def slug(text: str) -> str:
+    """A part of a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def run_job(told: dict[str, Any]) -> None:
+    """Run one combination in a process of its own, unless its results are there.
+
+    A failure is written beside the results and told at the end (`leaderboard.AtTheEnd`), so that a sweep goes on.
+    """
+    folder = job_folder(told)
+    if told["again"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if (folder / DONE).is_file():
+        print(f"{folder.name}: done already", flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(shareable(told), sort_keys=False), encoding="utf-8")
+    (folder / FAILED).unlink(missing_ok=True)
+    print(f"{folder.name}", flush=True)
+    command = [sys.executable, "-m", "evaluation.worker", str(folder)]
+    done = subprocess.run(command, input=json.dumps(told), text=True, env=_environment())
+    if done.returncode and not (folder / FAILED).is_file():
+        (folder / FAILED).write_text(f"its process ended with status {done.returncode}\n", encoding="utf-8")
+
+
+def shareable(told: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without the folders of this machine: files by their names."""
+    kept = {name: value for name, value in told.items() if name != "out"}
+    kept["held_text"] = kept["held_text"] and Path(kept["held_text"]).name
+    path = kept["dataset"]["path"]
+    if path and Path(path).expanduser().exists():
+        kept["dataset"] = {**kept["dataset"], "path": Path(path).name}
+    return kept
+
+
+def _environment() -> dict[str, str]:
+    """This project importable from the folder the worker will work in."""
+    paths = [str(CONF.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+if __name__ == "__main__":
+    main()

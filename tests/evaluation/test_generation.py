@@ -1,0 +1,66 @@
+"""Free generation: what counts as the answer that an edited model gives by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from evaluation.metrics import Asking, answers, first_statement, generate, is_answered, starts_with
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        (" Rome. It is the seat of", "Rome"),
+        (" Rome\n\nThe answer", "Rome"),
+        (" Rome, the city", "Rome, the city"),
+        ("\n Rome", "Rome"),
+        (" St.Gallen is", "St.Gallen is"),  # a point inside a word ends nothing
+        (" 3.5 metres! And", "3.5 metres"),
+        ("", ""),
+    ],
+)
+def test_a_statement_ends_where_a_reader_would_end_it(text: str, statement: str) -> None:
+    assert first_statement(text) == statement
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "exact", "begins"),
+    [
+        (" Rome. It", "Rome", True, True),
+        (" the Rome.", "rome", True, True),
+        (" Rome and Paris.", "Rome", False, True),
+        (" Romeo.", "Rome", False, False),
+        (" in Rome.", "Rome", False, False),
+        (" a blacksmith\nHe", "blacksmith", True, True),
+        ("", "Rome", False, False),
+    ],
+)
+def test_an_answer_with_more_in_it_is_not_exact(text: str, answer: str, exact: bool, begins: bool) -> None:
+    assert is_answered(text, answer) is exact
+    assert starts_with(text, answer) is begins
+
+
+def test_generation_stops_by_itself_and_not_only_at_the_limit(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    model = tiny("gpt2", tie_word_embeddings=False).eval()
+    with torch.no_grad():  # says its end token whatever it reads
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 1
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert generate(model, tokenizer, ["The capital of France is"], 5) == [""]
+
+
+def test_a_method_is_told_where_each_prompt_ends(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    """A codebook method looks at one place; read elsewhere, it answers as if it had never been edited."""
+    model, places = tiny("llama").eval(), []
+    prompts = ["Paris is in", "The capital of France is"]
+    asking = Asking(alone=True, use_cache=False, at=places.append)
+    answers(model, tokenizer, [(prompt, "Rome") for prompt in prompts], asking=asking)
+    generate(model, tokenizer, prompts, 2, asking)
+    last = [len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts]
+    assert places == [*sorted(last), *last]

@@ -1,0 +1,257 @@
+"""What a reader of the leaderboard sees is what the jobs measured, in every form it has."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evaluation.data import Probe, Record
+from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase
+from evaluation.leaderboard import COLUMNS, build
+from evaluation.leaderboard.page import embedded
+
+NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
+PROMISED = (
+    "method", "dataset", "edits", "batch_size", "reliability", "generality", "locality", "portability",
+    "free_generation", "perplexity_ratio", "seconds_per_edit",
+)  # fmt: skip
+RECORD_LIST = [
+    Record(
+        f"r{i}", f"Town {i} lies in", f"Town {i}", "Rome", "Paris",
+        rephrases=(f"People find Town {i} in",),
+        locality=(Probe("n", f"Village {i} lies in", "Oslo"),),
+        portability=(Probe("hop", f"Who rules Town {i}?", NASTY if i == 1 else "Caesar"),),
+    )
+    for i in range(4)
+]  # fmt: skip
+
+
+def answer(right: bool) -> list[Any]:
+    return [[7], [7 if right else 8], 0.1 if right else 2.0]
+
+
+def row(i: int, learned: bool, kept: bool = True) -> dict[str, Any]:
+    """Every answer of record i; token 9 where a neighbour changed."""
+    said = [[7 if kept else 9], [7], 0.5]
+    return {
+        "case_id": f"r{i}",
+        "prompt": [answer(learned)],
+        "rephrases": [answer(learned)],
+        "locality": [said],
+        "portability": [answer(False)],
+        "prompt_rivals": [[[7], [8], 1.0]],
+        "rephrase_rivals": [[[7], [8], 1.0]],
+        "locality_rivals": [[[7], [8], 1.0]],
+        "texts": {"prompt": ["Rome" if learned else "Paris"], "rephrases": ["Rome" if learned else NASTY],
+                  "locality": ["Oslo" if kept else "Bergen"], "portability": ["Nobody"]},
+        "generated": " Rome. Then" if learned else f" Paris {NASTY}",
+    }  # fmt: skip
+
+
+def job(folder: Path, label: str, learned: int, steps: tuple[int, ...] = (2, 4), **overrides: Any) -> None:
+    """A finished consecutive job where the first `learned` records are learned and the last neighbour changes."""
+    folder.mkdir(parents=True)
+    config = {
+        "seed": 0, "edits": 4, "batch_size": 2, "model": {"name": "tiny"},
+        "dataset": {"name": "towns", "checksum": "c0ffee"}, "protocol": {"name": "consecutive"},
+        "method": {"name": "m", "label": label, "overrides": overrides},
+    }  # fmt: skip
+    (folder / CONFIG).write_text(yaml.safe_dump(config))
+    (folder / ABOUT).write_text("{}")
+    (folder / RECORDS).write_text(json.dumps([asdict(record) for record in RECORD_LIST]))
+    journal = Folder(folder)
+    held = [[100.0, 50], [120.0, 50]]
+    told = {"edits": 0, "held": held, "forward_seconds": [1.0, 1.2]}
+    journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
+    for step in steps:
+        after = {**told, "edits": step, "held": [[loss + 50 * math.log(1.1), n] for loss, n in held]}
+        rows = [row(i, i < learned, kept=i != 3) for i in range(step)]
+        journal.keep(Phase(f"after-{step:06d}", after, rows))
+    for number, seconds in enumerate((4.0, 6.0)):
+        batch = {"batch": number, "edits": 2, "seconds": seconds, "kept_megabytes": 3.0, "peak_megabytes": 900.0}
+        journal.keep_batch(batch, None)
+    (folder / DONE).write_text(json.dumps({"batch_size": 2}))
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Path:
+    job(tmp_path / "board/jobs/a", "Weak", 1)
+    job(tmp_path / "board/jobs/b", "Strong", 4)
+    job(tmp_path / "board/jobs/c", "Strong", 2, beta=3)
+    (tmp_path / "board/jobs/d-unfinished").mkdir()
+    build(tmp_path / "board")
+    return tmp_path / "board"
+
+
+def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:
+    rows = json.loads((board / "leaderboard.json").read_text(), parse_constant=pytest.fail)
+    assert [row["method"] for row in rows] == ["Strong", "Strong (beta=3)", "Weak"]  # the best first
+    for name in PROMISED:
+        assert all(name in row for row in rows)
+    for line in rows:
+        for name in COLUMNS:
+            low, high = line[f"{name}_interval"]
+            assert low - 1e-9 <= line[name] <= high + 1e-9
+    weak = rows[-1]
+    assert (weak["reliability"], weak["generality"], weak["locality"], weak["portability"]) == (0.25, 0.25, 0.75, 0.0)
+    assert weak["mean"] == pytest.approx((0.25 + 0.25 + 0.75) / 3)
+    assert (weak["free_generation"], weak["ES"], weak["NS"], weak["NKP"]) == (0.25, 0.25, 1.0, 0.75)
+    assert weak["perplexity_ratio"] == pytest.approx(1.1)
+    assert (weak["seconds_per_edit"], weak["seconds_per_edit_interval"]) == (2.5, [2.0, 3.0])
+
+
+def test_the_csv_and_the_text_say_what_the_json_says(board: Path) -> None:
+    rows = json.loads((board / "leaderboard.json").read_text())
+    with (board / "leaderboard.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    text = (board / "leaderboard.md").read_text()
+    for line, of in zip(lines, rows, strict=True):
+        assert line["method"] == of["method"]
+        for name in PROMISED[4:]:
+            assert float(line[name]) == of[name]
+            assert [float(line[f"{name}_low"]), float(line[f"{name}_high"])] == of[f"{name}_interval"]
+        assert f"| {of['method']} | 2 | {of['reliability']:.3f} (" in text
+
+
+def test_the_plots_are_there_in_both_forms(board: Path) -> None:
+    for name in ("retention", "trade-off"):
+        assert (board / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (board / f"{name}.svg").read_text()
+
+
+def test_the_same_jobs_give_the_same_files(board: Path) -> None:
+    names = ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html", "retention.svg")
+    before = {name: (board / name).read_bytes() for name in names}
+    build(board)
+    assert {name: (board / name).read_bytes() for name in names} == before
+
+
+def test_results_of_the_toolkits_own_editor_become_a_row(tmp_path: Path) -> None:
+    folder = tmp_path / "board/jobs/a"
+    job(folder, "Theirs", 1)
+    shutil.rmtree(folder / "phases")
+    post = {
+        "rewrite_acc": [1.0],
+        "rephrase_acc": [0.5],
+        "locality": {"n_output": [[7]], "n_acc": [0.25]},
+        "portability": {"hop_acc": [0.0]},
+    }
+    metrics = [{"case_id": f"r{i}", "pre": {}, "post": post, "time": 3.0} for i in range(4)]
+    (folder / TOOLKIT).write_text(json.dumps(metrics))
+    (found,) = build(tmp_path / "board")
+    figures = [found.metrics[name][0] for name in ("reliability", "generality", "locality", "portability")]
+    assert figures == [1.0, 0.5, 0.25, 0.0]
+    assert found.metrics["seconds_per_edit"][0] == 1.5  # of a batch of two
+    assert math.isnan(found.metrics["free_generation"][0])
+    assert json.loads((tmp_path / "board/leaderboard.json").read_text())[0]["free_generation"] is None
+
+
+def test_nothing_in_the_data_can_leave_its_script_element(board: Path) -> None:
+    text = (board / "leaderboard.html").read_text()
+    assert text.lower().count("<script") == text.lower().count("</script") == 2
+    assert json.loads(embedded({"text": NASTY})) == {"text": NASTY}
+    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    assert json.loads(data[1])["sets"][0][1]["portability"][0][1] == NASTY
+
+
+class Links(html.parser.HTMLParser):
+    """Everything that a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+
+def test_the_page_needs_no_other_file(board: Path) -> None:
+    links = Links()
+    links.feed((board / "leaderboard.html").read_text())
+    assert links.found
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture
+def browse(board: Path) -> Callable[[str], dict[str, Any]]:
+    """`browse(script)`: what a script in the loaded page tells, in a real browser."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser to look at the page with (any of {', '.join(BROWSERS)})")
+
+    def asked(script: str) -> dict[str, Any]:
+        page = board / "asked.html"
+        shown = "Object.assign(document.createElement('pre'), {textContent: JSON.stringify(f())})"
+        asks = f"const f = () => {{ {script} }}; document.body.replaceChildren({shown});"
+        addition = f"<script>addEventListener('load', () => {{ {asks} }});</script>"
+        page.write_text((board / "leaderboard.html").read_text().replace("</body>", f"{addition}</body>"))
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+        found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+        assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
+        answer: dict[str, Any] = json.loads(html.unescape(found[1]))
+        return answer
+
+    return asked
+
+
+def test_a_reader_can_sort_filter_and_look_at_each_edit(browse: Callable[[str], dict[str, Any]]) -> None:
+    found = browse("""
+        const all = (selector) => [...document.querySelectorAll(selector)];
+        const methods = () => all("#board tbody th").map((cell) => cell.textContent);
+        const sort = (name) => document.querySelector(`#board button[data-column="${name}"]`).click();
+        const choose = (id, value) => {
+          document.getElementById(id).value = value;
+          document.getElementById(id).dispatchEvent(new Event("change"));
+        };
+        const told = { start: methods(), title: document.title };
+        sort("reliability"); told.best = methods();
+        sort("reliability"); told.worst = methods();
+        told.sorted = all("#board th[aria-sort=ascending]").map((cell) => cell.textContent);
+        sort("seconds_per_edit"); told.focus = document.activeElement.dataset.column;
+        choose("job", "2");
+        told.edits = all("#edits li").length;
+        choose("show", "reliability");
+        told.failures = all("#edits li").length;
+        told.count = document.getElementById("count").textContent;
+        all("#edits button")[0].click();
+        told.detail = document.getElementById("detail").textContent;
+        choose("show", "locality");
+        told.changed = all("#edits button").map((button) => button.textContent);
+        document.getElementById("search").value = "no such text";
+        document.getElementById("search").dispatchEvent(new Event("input"));
+        told.nothing = document.getElementById("detail").textContent;
+        told.images = all("img").every((image) => image.naturalWidth > 100 && image.alt);
+        told.scripts = all("script").length;
+        told.labels = all("select, input").every((field) => field.labels.length === 1);
+        return told;
+    """)
+    assert found["title"] == "Leaderboard: board"
+    assert found["start"] == found["best"] == ["Strong", "Strong (beta=3)", "Weak"]
+    assert found["worst"] == found["best"][::-1]
+    assert found["sorted"] == ["reliability"]
+    assert found["focus"] == "seconds_per_edit"
+    assert (found["edits"], found["failures"], found["count"]) == (4, 3, "3 of 4 edits")
+    assert NASTY in found["detail"]  # shown, not run
+    assert "Town 1" in found["detail"]
+    assert found["changed"] == ["Town 3 lies in → Rome not learned"]
+    assert found["nothing"] == "No edit fits."
+    assert found["images"] is True
+    assert found["labels"] is True
+    assert found["scripts"] == 3  # the page's two and the one that asks

