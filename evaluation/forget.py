@@ -25,7 +25,8 @@ from coachhook_plugin import CoachHooKHparams, EditSession
 
 from .data import Record, load_records
 from .metrics import agreement, perplexity
-from .protocol import Reading, continuations, mean_scores, read, score
+from .metrics.generation import continuations
+from .protocol import Reading, mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10
 

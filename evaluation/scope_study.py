@@ -35,7 +35,8 @@ from coachhook_plugin.tokens import Encoder
 
 from .data import Record, load_records
 from .metrics import perplexity
-from .protocol import continuations, mean_scores, read, score
+from .metrics.generation import continuations
+from .protocol import mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10
 SCOPES = {
