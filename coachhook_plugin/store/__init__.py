@@ -8,7 +8,8 @@
     ledger.jsonl                one line for every edit
     steps/*.safetensors         a session's batches since those files were written
 
-Only safetensors and JSON. Whatever is read has been compared with its checksum before.
+Where files are replaced, the new ones get a number in their names, and renaming the new config makes them count. Only
+safetensors and JSON; whatever is read has been compared with its checksum before.
 """
 
 from __future__ import annotations
