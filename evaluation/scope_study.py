@@ -33,8 +33,8 @@ from coachhook_plugin import CoachHooKHparams, EditSession, Request
 from coachhook_plugin.tokens import Encoder
 
 from .data import Record, load_records
-from .metrics import perplexity
-from .protocol import continuations, mean_scores, read, score
+from .metrics import continuations, perplexity
+from .protocol import mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10
 SCOPES = ("zscore", "leverage")
