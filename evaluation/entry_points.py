@@ -30,7 +30,19 @@ def entry_point(
     size = 1 if name == "edit" else batch_size
     if name == "batch_edit" and method.one_by_one:
         raise ValueError(f"the toolkit cannot edit batches with {method.name}; say protocol=edit")
-    entry = getattr(editor, name)
+    known = inspect.signature(getattr(editor, name)).parameters
+    editor.hparams.batch_size = size
+    if name == "batch_edit" and "locality_inputs" not in known:
+        # The release's returns the scores of its last batch only: one call for each.
+        parts = [records[start : start + size] for start in range(0, len(records), size)]
+    else:
+        parts = [records]
+    return [metric for part in parts for metric in _edited(method, part, name, sequential)]
+
+
+def _edited(method: Any, records: Sequence[Record], name: str, sequential: bool) -> list[dict[str, Any]]:
+    """One call of the toolkit's editor."""
+    entry = getattr(method.editor, name)
     known = inspect.signature(entry).parameters
     extra: dict[str, Any] = {"subject": [record.subject for record in records]}
     if "sequential_edit" in known:
@@ -49,7 +61,6 @@ def entry_point(
     probes = ([record.locality for record in records], [record.portability for record in records])
     gaps = "keep_original_weight" not in known
     extra |= {place: _by_kind(of, gaps) for place, of in zip(places, probes, strict=True)}
-    editor.hparams.batch_size = size
     found, _, _ = entry(
         prompts=[record.prompt for record in records],
         target_new=[record.target_new for record in records],

@@ -24,8 +24,7 @@ from tqdm.auto import tqdm
 from coachhook_plugin import CoachHooKHparams, EditSession
 
 from .data import Record, load_records
-from .metrics import agreement, perplexity
-from .metrics.generation import continuations
+from .metrics import agreement, continuations, perplexity
 from .protocol import Reading, mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10

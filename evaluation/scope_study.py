@@ -34,8 +34,7 @@ from coachhook_plugin import CoachHooKHparams, EditSession, Request
 from coachhook_plugin.tokens import Encoder
 
 from .data import Record, load_records
-from .metrics import perplexity
-from .metrics.generation import continuations
+from .metrics import continuations, perplexity
 from .protocol import mean_scores, read, score
 
 MODEL, BATCH = "smollm2-135m", 10

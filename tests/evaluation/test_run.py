@@ -155,7 +155,7 @@ def test_a_killed_run_gives_the_same_leaderboard(sweep: Path, place: Path) -> No
 def test_a_method_of_the_toolkit_runs_under_our_protocol_and_its_own(place: Path) -> None:
     pytest.importorskip("easyeditor")
     both = ("-m", "protocol=consecutive,batch_edit", "method=memit", "edits=4", "batch_size=2")
-    told = finished(start(place, [*wishes(place, "memit", hparams="memit.yaml"), *both]))
+    told = finished(start(place, [*both, *wishes(place, "memit", hparams="memit.yaml")]))
     assert "MEMIT" in told
     rows = {row["protocol"]: row for row in board(place, "memit")}
     jobs = {job.config["protocol"]["name"]: job for job in load_jobs(place / "results" / "memit")}
