@@ -265,7 +265,7 @@ class PlainEditor:
         rest = sorted(leverages(self.pre_training, edited, c0, ridge), reverse=True)
         first_too_many = rest[int(self.hparams.scope_budget * len(rest))]
         midway = 1 / (1 + np.exp(-(logit(low) + logit(first_too_many)) / 2))
-        self.threshold = max(first_too_many * 1.001, midway)
+        self.threshold = max(first_too_many * 1.001, midway, 0.25 / (1 + ridge))
 
     def lower_thresholds(self, facts: Sequence[dict[str, str]], margin: float) -> None:
         for layer in self.layers:

@@ -12,7 +12,8 @@ The decision falls at the first edited layer, whose keys no edit changes, and ho
 that token's key alone: not on padding, batch mates, length, later tokens or caching.
 
 The threshold lies midway (in log odds) between a low quantile of the edited facts' keys, in all their contexts, and
-the pre-training keys' quantile that leaves `budget` of them open; it never falls below the latter. Nothing here grows
+the pre-training keys' quantile that leaves `budget` of them open; it never falls below the latter, nor `LEAST`.
+Nothing here grows
 without bound: Q is at most (m, m), and the keys looked at for the quantile are a random sample of fixed size.
 """
 
@@ -29,6 +30,7 @@ from .gate import Gate, Scope
 
 WITNESSES = 512  # keys of edited facts that the threshold is taken from
 QUANTILE = 0.02  # of them may stay outside: the odd one must not open the scope for everything
+LEAST = 0.25  # of what an edited key has: after few edits no other text looks like them, but their neighbours do
 MARGIN = 1e-3  # relative, for sums that round differently in another batch layout
 SILENT = 1e-4  # added to every neuron's mean square, as a share of their mean: some never fired in the sample
 
@@ -205,7 +207,7 @@ class LeverageScope(Scope):
         floor = float(excess) * (1 + MARGIN)
         low = edited.quantile(QUANTILE)
         midway = torch.stack([low, excess]).logit(eps=1e-6).mean().sigmoid()
-        return max(float(midway), floor)
+        return max(float(midway), floor, LEAST / (1 + self.ridge))
 
     def _explaining(self, edited: torch.Tensor) -> torch.Tensor:
         return explaining(edited, self.ridge).half().contiguous()  # as the gate has it, and a file gives it back

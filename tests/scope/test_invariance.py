@@ -159,7 +159,7 @@ def test_the_texts_drawn_here_have_tokens_on_both_sides(edited: Edited, case: st
         session = edited(case, scope)
         text = " of ".join([*SUBJECTS, *WORDS])
         opened = alone(session, case, ids_of(session, text))[1]
-        assert 2 <= opened.sum() <= len(opened) / 2
+        assert 1 <= opened.sum() <= len(opened) / 2
         logits = alone(session, case, ids_of(session, text))[0]
         with session.disabled():
             assert zoo.relative(logits, alone(session, case, ids_of(session, text))[0]) > 0.05

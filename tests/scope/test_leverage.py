@@ -20,6 +20,7 @@ import coachhook_plugin.scope.leverage
 from coachhook_plugin.memory import context_mean
 from coachhook_plugin.scope import LeverageScope, LeverageState
 from coachhook_plugin.scope.leverage import (
+    LEAST,
     QUANTILE,
     SILENT,
     WITNESSES,
@@ -205,7 +206,7 @@ def test_the_threshold_lies_midway_and_never_below_what_the_budget_allows(
     first_too_many = np.sort(of_rest)[::-1][int(budget * len(text))]
     low, floor = (np.clip(q, 1e-6, 1 - 1e-6) for q in (np.quantile(of_facts, 0.02), first_too_many))
     odds = np.sqrt(low / (1 - low) * floor / (1 - floor))
-    assert found == pytest.approx(max(odds / (1 + odds), first_too_many * 1.001), rel=5e-3)
+    assert found == pytest.approx(max(odds / (1 + odds), first_too_many * 1.001, LEAST / (1 + ridge)), rel=5e-3)
     assert found > floor * (1 - 1e-3)
 
 
