@@ -713,6 +713,17 @@ def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, ca
     assert [len(logits[0]) for logits in others] == [ids.shape[1], 5]
 
 
+def test_another_attention_may_be_chosen_between_batches(start: Start, facts: Facts) -> None:
+    session, untroubled = start(), start()
+    for one in (session, untroubled):
+        one.edit(facts[:2])
+    session.model.config._attn_implementation = "eager"
+    for one in (session, untroubled):
+        one.edit(facts[:2])
+    for one, other in zip(answers(session), answers(untroubled), strict=True):
+        assert zoo.relative(one, other) < 1e-3
+
+
 def test_an_edit_inside_inference_mode_is_the_same(start: Start, facts: Facts) -> None:
     first, second = start(), start()
     first.edit(facts)
