@@ -23,7 +23,7 @@ class Journal:
     """One folder, and what of a session is in it. Copies of a session have none."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the process goes
         self._lock = lock(self.folder)
         self._told: SessionState | None = None  # what the folder was last made to tell of ...
         self._unsure = False  # ... unless a failure left that open
