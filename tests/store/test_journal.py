@@ -267,6 +267,24 @@ def test_a_write_that_fails_anywhere_leaves_folder_and_session_agreeing(
     assert told(resume(tmp_path)) == told(untroubled)
 
 
+def test_a_step_that_landed_just_before_an_interruption_is_not_found_again(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, untroubled = start(session_dir=str(tmp_path)), start()
+    for one in (session, untroubled):
+        one.edit(facts[:1])
+    steps = coachhook_plugin.store.journal.steps
+    with (
+        raising_at(monkeypatch, steps, "append", 0, KeyboardInterrupt(), after=True),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        session.edit(facts[1:2])
+    for one in (session, untroubled):
+        one.edit(facts[2:])
+    session.detach()
+    assert told(resume(tmp_path)) == told(untroubled)
+
+
 def test_the_folder_is_found_wherever_the_process_goes(
     start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
