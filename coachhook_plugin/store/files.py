@@ -108,7 +108,7 @@ def lock(folder: Path) -> FileLock:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / LOCK)
+        held = FileLock(folder / LOCK, thread_local=False)  # a session may be closed by another thread
         try:
             held.acquire(timeout=0)
         except Timeout:

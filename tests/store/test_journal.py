@@ -299,6 +299,15 @@ def test_the_folder_is_found_wherever_the_process_goes(
     assert len(resume(tmp_path / "run")) == 2
 
 
+def test_a_session_may_be_closed_by_another_thread(start: Start, resume: Any, facts: Facts, tmp_path: Path) -> None:
+    session = start(session_dir=str(tmp_path))
+    session.edit(facts[:1])
+    thread = threading.Thread(target=session.close)
+    thread.start()
+    thread.join()
+    assert len(resume(tmp_path)) == 1
+
+
 def test_copies_of_a_session_do_not_write_to_its_folder(
     start: Start, resume: Any, facts: Facts, tmp_path: Path
 ) -> None:
