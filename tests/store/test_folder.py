@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,6 +280,21 @@ def test_the_folder_holds_what_it_promises(saved: Path) -> None:
         ".lock",
         "",
     }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_folder_can_be_read_by_whom_the_umask_lets(start: Start, facts: Facts, tmp_path: Path) -> None:
+    session = start(session_dir=str(tmp_path / "run"))
+    before = os.umask(0o027)
+    try:
+        session.edit(facts[:1])
+        session.edit(facts[1:2])
+        session.save(tmp_path / "edits")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert len(files) == 4 + 5  # the journal has one step
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
