@@ -340,6 +340,14 @@ def test_a_newer_format_is_refused_by_its_number(saved: Path, tiny: Any) -> None
     refused(tiny(), saved, "format 2, and this release reads up to 1; update")
 
 
+def test_what_a_newer_release_added_is_not_called_damage(saved: Path, tiny: Any) -> None:
+    hparams = json.loads((saved / CONFIG).read_text())["hparams"]
+    rewrite(saved, hparams={**hparams, "new_knob": 1})
+    refused(tiny(), saved, r"hyperparameters that this release lacks \(new_knob\); update coachhook-plugin")
+    rewrite(saved, tags=[])
+    refused(tiny(), saved, r"entries that this release lacks \(tags\); update coachhook-plugin")
+
+
 @pytest.mark.parametrize("name", [CONFIG, LAYERS, MEMORY, LEDGER])
 def test_a_truncated_or_tampered_file_is_refused_by_name(saved: Path, tiny: Any, name: str) -> None:
     whole = (saved / name).read_bytes()
