@@ -272,6 +272,7 @@ class EditSession:
         if to != state.step and state.history is not None:
             self.restore(self._placed(state.history.at(to), state.history.until(to)))
 
+    @torch.inference_mode(False)
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
         self._check_living()
@@ -602,6 +603,7 @@ class EditSession:
                 covariance = _moved(found[layer].covariance(), projection)
                 layers[layer] = LayerState(
                     delta=torch.zeros(self._parts.hidden_size, len(covariance), device=covariance.device),
+    @torch.inference_mode(False)
                     memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
                 )
             self._scope = self._new_scope(found, text) if self.hparams.use_hooks else None

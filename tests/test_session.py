@@ -713,6 +713,24 @@ def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, ca
     assert [len(logits[0]) for logits in others] == [ids.shape[1], 5]
 
 
+@pytest.mark.parametrize("calls", ["restore", "state"])
+def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
+    start: Start, facts: Facts, calls: str
+) -> None:
+    session = start(**EASY)
+    with torch.inference_mode():
+        empty = session.state
+    session.edit(facts)
+    if calls == "restore":
+        state = session.state
+        session.restore(empty)
+        with torch.inference_mode():
+            session.restore(state)
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    session.model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None for p in session.model.parameters())
+
+
 def test_another_attention_may_be_chosen_between_batches(start: Start, facts: Facts) -> None:
     session, untroubled = start(), start()
     for one in (session, untroubled):
