@@ -731,6 +731,17 @@ def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
     assert any(p.grad is not None for p in session.model.parameters())
 
 
+def test_an_edit_inside_autocast_is_the_same(start: Start, facts: Facts, monkeypatch: Any, tmp_path: Any) -> None:
+    first, second = start(), start()
+    first.edit(facts)
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))  # statistics are collected anew
+    with torch.autocast("cpu", torch.bfloat16):
+        second.edit(facts)
+    assert same(answers(first), answers(second))
+    for layer, of in first.state.layers.items():
+        assert torch.equal(second.state.layers[layer].memory.matrix, of.memory.matrix)
+
+
 def test_another_attention_may_be_chosen_between_batches(start: Start, facts: Facts) -> None:
     session, untroubled = start(), start()
     for one in (session, untroubled):
