@@ -297,9 +297,11 @@ class EditSession:
                 (m, m) in float64 and more.
 
         Raises:
-            ValueError: the folder cannot be written, or another session writes to it.
+            ValueError: the folder cannot be written, another session writes to it, or the model was given other edits
+                than the session's (`load_state_dict`).
         """
         self._check_living()
+        self._check_shown()
         record = self._record()
         if memory and record.state.history is None:
             raise ValueError("memory: these edits were loaded without it; save with memory=False")
@@ -402,6 +404,15 @@ class EditSession:
     def _check_living(self) -> None:
         if EditSession.of(self.model) is not self:
             raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
+
+    def _check_shown(self) -> None:
+        state = self.state
+        for layer, hook in self._attached.hooks.items():
+            if not torch.equal(hook.delta.cpu(), state.layers[layer].delta.cpu()):
+                raise ValueError(
+                    "the model was given other edits than this session's, perhaps by load_state_dict; keep those with "
+                    "model.state_dict(), or return to the session's with session.restore(session.state)"
+                )
 
     def _check_editable(self) -> None:
         self._check_living()

@@ -282,6 +282,20 @@ def test_the_folder_holds_what_it_promises(saved: Path) -> None:
     }
 
 
+def test_edits_that_came_by_load_state_dict_are_not_saved_as_the_sessions(
+    start: Start, facts: Facts, tmp_path: Path
+) -> None:
+    session, other = start(), start()
+    session.edit(facts[:2])
+    other.edit(facts[2:])
+    session.model.load_state_dict(other.model.state_dict())
+    with pytest.raises(ValueError, match="other edits than this session's"):
+        session.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+    session.restore(session.state)
+    session.save(tmp_path)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_a_folder_can_be_read_by_whom_the_umask_lets(start: Start, facts: Facts, tmp_path: Path) -> None:
     session = start(session_dir=str(tmp_path / "run"))
