@@ -175,7 +175,6 @@ class EditSession:
                 without what editing needs, or its folder cannot be written. Nothing has changed.
         """
         started = time.perf_counter()
-        self._check_editable()
         parsed = self.check(requests, first)
         before = self.state
         try:
@@ -214,6 +213,7 @@ class EditSession:
         Args:
             first: place of the batch in a longer list, from which errors count.
         """
+        self._check_editable()
         parsed = parse_requests(requests, first)
         self._encoder.check_lengths(parsed, self.prefixes, first)
         return parsed
@@ -603,6 +603,7 @@ class EditSession:
         self._attached.set_mode(Mode.VALIDATED, [layer])
         return state
 
+    @torch.inference_mode(False)
     def _initial_state(self) -> SessionState:
         with self.disabled(), frozen(self.model):
             size = key_size(self._parts)
@@ -614,7 +615,6 @@ class EditSession:
                 covariance = _moved(found[layer].covariance(), projection)
                 layers[layer] = LayerState(
                     delta=torch.zeros(self._parts.hidden_size, len(covariance), device=covariance.device),
-    @torch.inference_mode(False)
                     memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
                 )
             self._scope = self._new_scope(found, text) if self.hparams.use_hooks else None
