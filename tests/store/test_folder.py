@@ -153,7 +153,7 @@ def test_editing_on_says_what_is_missing(
     session.save(tmp_path, memory=memory)
     other = load_edits(tiny(), tmp_path, session.tokenizer if tokenizer_too else None)
     before = photograph(other.model)
-    for act in (lambda: other.edit(facts[2:]), lambda: other.forget(["1-1"])):
+    for act in (lambda: other.edit(facts[2:]), lambda: other.check(facts[2:]), lambda: other.forget(["1-1"])):
         with pytest.raises(ValueError, match=said):
             act()
     assert photograph(other.model) == before
