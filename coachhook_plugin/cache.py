@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,16 +14,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("COACHHOOK_CACHE") or Path.home() / ".cache" / "coachhook").expanduser()
 
 
+def neighbour(path: Path) -> Path:
+    """An empty temporary file beside `path`, for whoever a new file is for (`tempfile` makes them private)."""
+    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    made.touch(exist_ok=False)
+    return made
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write to a temporary neighbour, flush it to the disk, then rename: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    made = neighbour(path)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with made.open("wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(name, path)
+        os.replace(made, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise

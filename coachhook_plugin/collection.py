@@ -48,6 +48,16 @@ class Share:
         return self.rank == 0
 
 
+def needed_by_any(layers: list[int]) -> list[int]:
+    """The layers that at least one process has to collect: then all take part, or those would wait for ever."""
+    processes = Share.of_this_process().processes
+    if processes == 1:
+        return layers
+    told: list[list[int]] = [[] for _ in range(processes)]
+    distributed.all_gather_object(told, layers)
+    return sorted({layer for of_one in told for layer in of_one})
+
+
 class KeySums:
     """Running sums over the keys of one layer."""
 

@@ -87,6 +87,8 @@ def with_lines(ledger: Ledger, lines: Ledger) -> Ledger:
 def to_forget(ledger: Ledger, ids: Iterable[str]) -> list[Edit]:
     """The edits that must go for the facts `ids` to be as before: those themselves, and what they superseded.
 
+    A fact that a batch held more than once goes as a whole.
+
     Raises:
         KeyError: an id that the ledger lacks.
         ValueError: an edit that is not in force, or no id at all.
@@ -101,7 +103,17 @@ def to_forget(ledger: Ledger, ids: Iterable[str]) -> list[Edit]:
         if not known[i].in_force:
             remedy = f"forget {known[i].by!r} instead" if known[i].status == "superseded" else "it is gone already"
             raise ValueError(f"edit_ids: edit {i!r} is {known[i].status} (by {known[i].by}); {remedy}")
-    gone = [known[i] for i in wanted]
+    gone, seen = [known[i] for i in wanted], set(wanted)
     for edit in gone:  # grows while it is walked through
-        gone += [other for other in ledger if other.status == "superseded" and other.by == edit.id]
+        more = [line for line in ledger if line.id not in seen and (_twins(line, edit) or _superseded(line, edit))]
+        gone += more
+        seen |= {line.id for line in more}
     return gone
+
+
+def _twins(one: Edit, other: Edit) -> bool:
+    return one.in_force and (one.step, one.subject, one.prompt) == (other.step, other.subject, other.prompt)
+
+
+def _superseded(one: Edit, by: Edit) -> bool:
+    return one.status == "superseded" and one.by == by.id

@@ -84,6 +84,17 @@ def _packed_attention(
     return running.attend(function, module, query, key, value, attention_mask=mask, **kwargs)
 
 
+def attention_of(blocks: Sequence[nn.Module]) -> str:
+    """The name of the attention function that all of the blocks use; empty where it is not one."""
+    names = {str(getattr(config, "_attn_implementation", None)) for config in _configs(blocks)}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _configs(blocks: Sequence[nn.Module]) -> list[Any]:
+    found = (module.config for block in blocks for module in block.modules() if hasattr(module, "config"))
+    return list({id(config): config for config in found}.values())
+
+
 @contextmanager
 def packed_attention(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the `with` body the blocks' attention expects `PackedAttention` for a cache.
@@ -91,21 +102,17 @@ def packed_attention(blocks: Sequence[nn.Module]) -> Iterator[None]:
     Raises:
         TypeError: their attention is not one that can be wrapped.
     """
-    configs: dict[int, Any] = {
-        id(module.config): module.config for block in blocks for module in block.modules() if hasattr(module, "config")
-    }
-    names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
-    name = names.pop() if len(names) == 1 else ""
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        raise TypeError("the model's attention is not in the library's table")
+    configs, name = _configs(blocks), attention_of(blocks)
+    if name not in ALL_ATTENTION_FUNCTIONS or name == NAME:
+        raise TypeError("the model's attention is not in the library's table, or is wrapped already")
     ALL_ATTENTION_FUNCTIONS[NAME] = _packed_attention
     token = _WRAPPED.set(name)
-    for config in configs.values():
+    for config in configs:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation = name
         _WRAPPED.reset(token)
         _RUNNING.set(None)

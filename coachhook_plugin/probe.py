@@ -48,11 +48,12 @@ def opens(
     row = encoder.prompt("", request)
     if margins(model, parts, hooks, torch.tensor(row.ids))[row.subject] >= 1:
         return True
-    why = (
-        "it is the very first token of the text, which looks like every other first token; put a word before it"
-        if row.subject == 0
-        else "too much other text looks like it; raise scope_budget, or name the subject more fully"
-    )
+    if any(isinstance(hook.gate, ZScoreGate) for hook in hooks.values()):
+        why = "it stands out too little from the other tokens; lower alpha, or take scope: leverage"
+    elif row.subject == 0:
+        why = "it is the very first token of the text, which looks like every other first token; put a word before it"
+    else:
+        why = "too much other text looks like it; raise scope_budget, or name the subject more fully"
     LOG.warning(
         "request %d, subject: %r lies outside the editing scope in %r, which therefore keeps its old answer: %s",
         place,

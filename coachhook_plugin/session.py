@@ -175,7 +175,6 @@ class EditSession:
                 without what editing needs, or its folder cannot be written. Nothing has changed.
         """
         started = time.perf_counter()
-        self._check_editable()
         parsed = self.check(requests, first)
         before = self.state
         try:
@@ -214,6 +213,7 @@ class EditSession:
         Args:
             first: place of the batch in a longer list, from which errors count.
         """
+        self._check_editable()
         parsed = parse_requests(requests, first)
         self._encoder.check_lengths(parsed, self.prefixes, first)
         return parsed
@@ -272,6 +272,7 @@ class EditSession:
         if to != state.step and state.history is not None:
             self.restore(self._placed(state.history.at(to), state.history.until(to)))
 
+    @torch.inference_mode(False)
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
         self._check_living()
@@ -296,9 +297,11 @@ class EditSession:
                 (m, m) in float64 and more.
 
         Raises:
-            ValueError: the folder cannot be written, or another session writes to it.
+            ValueError: the folder cannot be written, another session writes to it, or the model was given other edits
+                than the session's (`load_state_dict`).
         """
         self._check_living()
+        self._check_shown()
         record = self._record()
         if memory and record.state.history is None:
             raise ValueError("memory: these edits were loaded without it; save with memory=False")
@@ -401,6 +404,15 @@ class EditSession:
     def _check_living(self) -> None:
         if EditSession.of(self.model) is not self:
             raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
+
+    def _check_shown(self) -> None:
+        state = self.state
+        for layer, hook in self._attached.hooks.items():
+            if not torch.equal(hook.delta.cpu(), state.layers[layer].delta.cpu()):
+                raise ValueError(
+                    "the model was given other edits than this session's, perhaps by load_state_dict; keep those with "
+                    "model.state_dict(), or return to the session's with session.restore(session.state)"
+                )
 
     def _check_editable(self) -> None:
         self._check_living()
@@ -591,6 +603,7 @@ class EditSession:
         self._attached.set_mode(Mode.VALIDATED, [layer])
         return state
 
+    @torch.inference_mode(False)
     def _initial_state(self) -> SessionState:
         with self.disabled(), frozen(self.model):
             size = key_size(self._parts)

@@ -125,11 +125,11 @@ class History:
         return replace(self, steps=self.steps[: number - self.base.step])
 
     def followed(self, step: Step, limit: int) -> History:
-        """With one more step; beyond `limit` the older half becomes part of `base`."""
+        """With one more step; beyond `limit` only the newest half stays, the others become part of `base`."""
         steps = (*self.steps, step)
         if len(steps) <= limit:
             return replace(self, steps=steps)
-        split = len(steps) - limit // 2
+        split = len(steps) - -(-limit // 2)
         folded = None if self.folded is None else (*self.folded, *(old.for_answers() for old in steps[:split]))
         base = reduce(Snapshot.after, steps[:split], self.base)
         if folded is not None and not is_smaller(folded, base):

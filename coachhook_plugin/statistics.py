@@ -27,7 +27,7 @@ from torch import nn
 
 from .architectures import ModelParts, weight_shape
 from .cache import cache_dir, write_whole
-from .collection import Share, collected_sums
+from .collection import Share, collected_sums, needed_by_any
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
 from .text import TextSource
@@ -96,7 +96,7 @@ def key_statistics(
         path = toolkit_file(model, parts, layer, hparams)
         if path is not None:
             found[layer] = load_statistics(path, weight_shape(projection)[1])
-    wanted = [layer for layer in parts.projections if layer not in found]
+    wanted = needed_by_any([layer for layer in parts.projections if layer not in found])
     if wanted:
         found |= _cached(model, parts, wanted, text(), progress)
     return {layer: found[layer] for layer in parts.projections}
@@ -201,7 +201,7 @@ def _cached(
                 found[layer] = load_statistics(path(layer), weight_shape(parts.projections[layer])[1])
             except ValueError as error:
                 LOG.warning("%s; collecting again", error)
-    missing = [layer for layer in layers if layer not in found]
+    missing = needed_by_any([layer for layer in layers if layer not in found])
     if missing:
         projections = {layer: parts.projections[layer] for layer in missing}
         together = hashlib.sha256("".join(path(layer).stem for layer in missing).encode()).hexdigest()[:32]

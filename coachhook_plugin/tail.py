@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from .packing import PackedAttention, Packing, packed_attention
+from .packing import PackedAttention, Packing, attention_of, packed_attention
 from .tokens import Batch
 from .trace import captured, hidden_of, with_hidden
 
@@ -211,6 +211,7 @@ class Comparison:
 
     agreed: type | None = None
     width: int = 0  # tokens of the longest batch compared: a longer one may reach past an attention window
+    attention: str = ""  # that the blocks used then; the user may choose another between batches
 
 
 @torch.no_grad()
@@ -274,12 +275,12 @@ def cut(
     for build in builds:
         try:
             tail = build()
-            width = batch.input_ids.shape[1]
-            if comparison.agreed is type(tail) and width <= comparison.width:
+            width, attention = batch.input_ids.shape[1], attention_of(blocks)
+            if comparison == Comparison(type(tail), max(width, comparison.width), attention):
                 return tail
             if _agrees(tail, reference, batch):
                 if len(set(batch.subject.tolist())) > 1:  # rows of one offset prove nothing about others
-                    comparison.agreed, comparison.width = type(tail), width
+                    comparison.agreed, comparison.width, comparison.attention = type(tail), width, attention
                 return tail
         except Exception as error:
             LOG.debug("blocks cannot be called like that: %s", error)

@@ -87,6 +87,8 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
             raise ValueError(f"request {i}, {name}: expected a string, got {type(given[name]).__name__}")
         if not given[name].strip():
             raise ValueError(f"request {i}, {name}: is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in given[name]):
+            raise ValueError(f"request {i}, {name}: {given[name]!r} holds half a character; write it as proper UTF-8")
     prompt, subject = given["prompt"], given["subject"].strip()
     if "{" in prompt or "}" in prompt:
         raise ValueError(

@@ -75,14 +75,16 @@ def captured(module: nn.Module, stop: bool = False) -> Iterator[Captured]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; both are as before afterwards."""
+    """Evaluation mode without parameter gradients, and in the model's own precision whatever the caller casts to;
+    all is as before afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,17 @@ def found(text: Path, cache: Path) -> dict[int, KeyStatistics]:
         )
 
 
-def in_a_process(rank: int, processes: int, folder: str) -> None:
+def in_a_process(rank: int, folder: str, caches: list[str]) -> None:
     place = Path(folder)
-    distributed.init_process_group("gloo", init_method=f"file://{place / 'meeting'}", rank=rank, world_size=processes)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{place / '-'.join(['meeting', *caches])}",
+        rank=rank,
+        world_size=len(caches),
+        timeout=timedelta(seconds=60),
+    )
     try:
-        of_layers = found(place / "long.txt", place / "shared")
+        of_layers = found(place / "long.txt", place / caches[rank])
     finally:
         distributed.destroy_process_group()
     torch.save({i: (s.total, s.count, s.fourth) for i, s in of_layers.items()}, place / f"{rank}.pt")
@@ -57,7 +64,7 @@ def test_processes_that_share_the_text_all_get_what_one_process_would(
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", "")
     alone = found(long_text(tmp_path), tmp_path / "alone")
-    mp.spawn(in_a_process, args=(2, str(tmp_path)), nprocs=2)
+    mp.spawn(in_a_process, args=(str(tmp_path), ["shared", "shared"]), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     kept = [load_statistics(path, 48) for path in sorted((tmp_path / "shared" / "statistics").iterdir())]
     assert len(kept) == len(alone) == 2
@@ -68,6 +75,19 @@ def test_processes_that_share_the_text_all_get_what_one_process_would(
         assert count == second[layer][1] == expected.count
         assert fourth == pytest.approx(expected.fourth, rel=1e-9)
         torch.testing.assert_close(total, expected.total, rtol=1e-6, atol=1e-6)
+
+
+def test_a_process_that_has_the_statistics_already_helps_one_that_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two machines, of which the first one keeps what was collected."""
+    monkeypatch.setenv("COACHHOOK_CACHE", "")
+    alone = found(long_text(tmp_path), tmp_path / "first")
+    mp.spawn(in_a_process, args=(str(tmp_path), ["first", "second"]), nprocs=2)
+    for rank in range(2):
+        for layer, (total, count, _) in torch.load(tmp_path / f"{rank}.pt").items():
+            assert count == alone[layer].count
+            torch.testing.assert_close(total, alone[layer].total, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -78,6 +78,19 @@ def test_one_fact_twice_in_a_batch_supersedes_nothing() -> None:
     ]
 
 
+def test_a_fact_that_was_twice_in_a_batch_is_forgotten_whole(start: Start, facts: Facts) -> None:
+    session = start()
+    session.edit([facts[0], facts[0], facts[1]])
+    assert [line.id for line in session.forget(["1-1"])] == ["1-1", "1-2"]
+    assert statuses(session) == [("1-1", "forgotten", "2"), ("1-2", "forgotten", "2"), ("1-3", "in force", None)]
+    session.edit([facts[2], facts[2]])
+    session.edit([facts[2]])
+    gone = to_forget(session.ledger, ["4-1"])
+    assert [edit.id for edit in gone] == ["4-1", "3-1", "3-2"]
+    session.rollback(to=3)
+    assert [edit.id for edit in to_forget(session.ledger, ["3-2", "3-1"])] == ["3-2", "3-1"]
+
+
 def test_what_a_fact_superseded_goes_with_it() -> None:
     request = Request("Ada was born in", "Ada", "Rome")
     ledger: tuple[Edit, ...] = ()

@@ -43,6 +43,17 @@ def test_attention_is_the_models_own_again_after_an_interruption(tiny: Callable[
     assert one.config._attn_implementation == before
 
 
+def test_attention_that_is_wrapped_already_is_not_wrapped_again(tiny: Callable[..., Any]) -> None:
+    """As two models that share a config would have it; the second would leave the wrapper there for ever."""
+    one = tiny("llama")
+    before, blocks = one.config._attn_implementation, list(one.model.layers)
+    with packed_attention(blocks):
+        with pytest.raises(TypeError, match="wrapped already"), packed_attention(blocks):
+            pass
+        assert one.config._attn_implementation == NAME
+    assert one.config._attn_implementation == before
+
+
 def test_a_model_that_looks_nothing_up_is_refused(tiny: Callable[..., Any]) -> None:
     one = tiny("llama", attn_implementation="eager")
     with pytest.raises(TypeError, match="table"), packed_attention(list(one.model.layers)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -683,6 +684,73 @@ def test_a_model_compiled_before_its_first_edit_answers_with_it(start: Start, fa
         assert zoo.relative(base, edited) > 0.1
         session.detach()
         assert zoo.relative(compiled(input_ids=ids).logits, base) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, case: str) -> None:
+    """A server's threads, one of them in the middle of a pass while another runs a whole one."""
+    session = start(case, **EASY)
+    session.edit(facts)
+    model = session.model
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    others: list[torch.Tensor] = []
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            rows = ids.roll(3, dims=1)[:, : 5 if others else None]
+            thread = threading.Thread(target=lambda: others.append(model(input_ids=rows).logits))
+            thread.start()
+            thread.join()
+
+    handle = model.get_submodule(PROJECTION[case].format(1)).register_forward_hook(meanwhile)
+    for _ in range(2):
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    handle.remove()
+    assert [len(logits[0]) for logits in others] == [ids.shape[1], 5]
+
+
+@pytest.mark.parametrize("calls", ["restore", "state"])
+def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
+    start: Start, facts: Facts, calls: str
+) -> None:
+    session = start(**EASY)
+    with torch.inference_mode():
+        empty = session.state
+    session.edit(facts)
+    if calls == "restore":
+        state = session.state
+        session.restore(empty)
+        with torch.inference_mode():
+            session.restore(state)
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    session.model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None for p in session.model.parameters())
+
+
+def test_an_edit_inside_autocast_is_the_same(start: Start, facts: Facts, monkeypatch: Any, tmp_path: Any) -> None:
+    first, second = start(), start()
+    first.edit(facts)
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))  # statistics are collected anew
+    with torch.autocast("cpu", torch.bfloat16):
+        second.edit(facts)
+    assert same(answers(first), answers(second))
+    for layer, of in first.state.layers.items():
+        assert torch.equal(second.state.layers[layer].memory.matrix, of.memory.matrix)
+
+
+def test_another_attention_may_be_chosen_between_batches(start: Start, facts: Facts) -> None:
+    session, untroubled = start(), start()
+    for one in (session, untroubled):
+        one.edit(facts[:2])
+    session.model.config._attn_implementation = "eager"
+    for one in (session, untroubled):
+        one.edit(facts[:2])
+    for one, other in zip(answers(session), answers(untroubled), strict=True):
+        assert zoo.relative(one, other) < 1e-3
 
 
 def test_an_edit_inside_inference_mode_is_the_same(start: Start, facts: Facts) -> None:

@@ -31,7 +31,8 @@ def read_facts(path: Path) -> list[Fact]:
         FactsError: the file cannot be read, a line is no such object, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only line ends separate lines: a text may hold other separators of Unicode.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FactsError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     facts = []

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..hparams import CoachHooKHparams
 from ..ledger import Edit
 from ..session import EditSession, load_edits
+from ..shipped import shipped_hparams
 from ..store import Contents, FolderError, holds_edits, read
 from ..store.manifest import Manifest
 from .facts import FactsError, batches, check_facts, read_facts
@@ -252,10 +253,17 @@ def _tell_generate(answer: Answer) -> str:
 
 
 def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
-    """A model of the hub or of a folder in the dtype that its edits are made in, and its tokenizer."""
+    """A model by shipped name, folder or hub name, in the dtype that its edits are made in, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name).to(getattr(torch, dtype)).to(device or "cpu").eval()
+    if shipped_hparams(name) is not None and not Path(name).exists():
+        name = CoachHooKHparams.from_hparams(name).model_name
+    model = AutoModelForCausalLM.from_pretrained(name).to(getattr(torch, dtype)).eval()
+    try:
+        model = model.to(device or "cpu")
+    except (RuntimeError, AssertionError) as error:  # an assertion where PyTorch comes without CUDA
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device: {device} cannot be used ({why}); name another with --device") from None
     return model, AutoTokenizer.from_pretrained(name)
 
 
@@ -331,7 +339,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)

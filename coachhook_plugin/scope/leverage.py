@@ -19,8 +19,10 @@ without bound: Q is at most (m, m), and the keys looked at for the quantile are 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -46,11 +48,35 @@ class LeverageState:
     threshold: float
 
 
+class _OfThread(threading.local):
+    open: torch.Tensor | None = None  # (..., 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a copy of the model has not begun a pass
+
+
 class Decision:
-    """What the first edited layer decided in the running forward pass."""
+    """What the first edited layer decided in the running forward pass; threads may run one model at once."""
 
     def __init__(self) -> None:
-        self.open: torch.Tensor | None = None  # (..., 1)
+        self._of_thread = _OfThread()
+        self._in_training: torch.Tensor | None = None
+
+    def tell(self, open_: torch.Tensor, training: bool) -> None:
+        """Decide (..., 1) for the layers above."""
+        if training:
+            self._in_training = open_
+        else:
+            self._of_thread.open = open_
+
+    def told(self, training: bool, last: bool) -> torch.Tensor | None:
+        """What was decided; None: nothing yet. The `last` to ask ends the pass."""
+        if training:  # gradient checkpointing may run a block once more, and in a thread of autograd's
+            return self._in_training
+        open_ = self._of_thread.open
+        if last:
+            self._of_thread.open = None
+        return open_
 
 
 class LeverageGate(Gate):
@@ -69,8 +95,9 @@ class LeverageGate(Gate):
         self.register_buffer("threshold", scale.new_tensor(torch.inf))
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        self._decision.open = (self.margin(key, change) >= 1).unsqueeze(-1)
-        return self._decision.open
+        open_ = (self.margin(key, change) >= 1).unsqueeze(-1)
+        self._decision.tell(open_, self.training)
+        return open_
 
     def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
         wide = torch.promote_types(key.dtype, torch.float32)
@@ -94,9 +121,7 @@ class FollowingGate(Gate):
         self._decision, self._last = decision, last
 
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        open_ = self._decision.open
-        if self._last and not self.training:  # training may run a block once more (gradient checkpointing)
-            self._decision.open = None
+        open_ = self._decision.told(self.training, self._last)
         if open_ is None or open_.shape[:-1] != key.shape[:-1]:
             return None  # a block run by itself: nobody has decided
         return open_.to(key.device)

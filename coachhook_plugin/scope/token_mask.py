@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
 from torch import nn
 
 
+class Pass(threading.local):
+    """This thread's running forward pass."""
+
+    rows: tuple[int, int] | None = None  # (b, T)
+    mask: torch.Tensor | None = None  # (b, T) bool; None: every token is real
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a copy of the model has not begun one
+
+
 class TokenMask:
     """Which tokens of the running forward pass are real; shared by the gates of one model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.rows: tuple[int, int] | None = None  # (b, T)
-        self.mask: torch.Tensor | None = None  # (b, T) bool; None: every token is real
+        self._pass = Pass()
         self._names = list(inspect.signature(model.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -27,25 +37,25 @@ class TokenMask:
 
     def of(self, key: torch.Tensor) -> torch.Tensor:
         """(b, T) bool for keys (b, T, m), or (b T, m) from blocks that flatten their tokens (OPT)."""
-        rows = self.rows
+        rows, mask = self._pass.rows, self._pass.mask
         if rows is None or rows[0] * rows[1] * key.shape[-1] != key.numel():
             rows = (key.shape[0], key.shape[1]) if key.dim() == 3 else (1, key.shape[0])
             return torch.ones(rows, dtype=torch.bool, device=key.device)
-        if self.mask is None:
+        if mask is None:
             return torch.ones(rows, dtype=torch.bool, device=key.device)
-        return self.mask.to(key.device)
+        return mask.to(key.device)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
-            self.rows = self.mask = None
+            self._leave()
             return
-        self.rows = (tokens.shape[0], tokens.shape[1])
-        self.mask = real_tokens(given.get("attention_mask"), self.rows[1])
+        self._pass.rows = (tokens.shape[0], tokens.shape[1])
+        self._pass.mask = real_tokens(given.get("attention_mask"), tokens.shape[1])
 
     def _leave(self, *_: Any) -> None:
-        self.rows = self.mask = None
+        self._pass.rows = self._pass.mask = None
 
 
 def real_tokens(mask: Any, width: int) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+
+from ..cache import neighbour
 
 LOCK = ".coachhook.lock"
 CHUNK = 1 << 22
@@ -39,15 +40,16 @@ def writing(folder: Path) -> Iterator[None]:
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary neighbour, bring it to the disk, rename it, and bring the name to the disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    made = neighbour(path)
     try:
-        write(Path(name))
-        _sync(name)
-        os.replace(name, path)
+        mode = made.stat().st_mode
+        write(made)
+        made.chmod(mode)  # safetensors makes private files, too
+        _sync(made)
+        os.replace(made, path)
         _sync(path.parent)
     except BaseException:
-        remove(Path(name))
+        remove(made)
         raise
 
 
@@ -108,7 +110,7 @@ def lock(folder: Path) -> FileLock:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / LOCK)
+        held = FileLock(folder / LOCK, thread_local=False)  # a session may be closed by another thread
         try:
             held.acquire(timeout=0)
         except Timeout:
@@ -122,10 +124,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sync(path: str | Path) -> None:
-    if os.name == "nt" and Path(path).is_dir():
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
         return  # Windows has no such call for folders
-    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def read(folder: Path) -> Contents:
 
 
 def _read(folder: Path, manifest: Manifest) -> Contents:
-    hparams = CoachHooKHparams.from_dict(manifest.hparams)
+    hparams = _hparams(folder, manifest)
     layers = hparams.edited_layers
     tensors = read_tensors(_content(folder, manifest, "hook_layers"))
     lines = _content(folder, manifest, "ledger").decode().splitlines()
@@ -167,6 +167,14 @@ def _read(folder: Path, manifest: Manifest) -> Contents:
             f"{folder}: memory.safetensors is missing, and {len(trailing)} later steps need it; restore it from a copy"
         )
     return Contents(manifest, hparams, snapshot, None if trailing else gates, history, constants, inside, trailing)
+
+
+def _hparams(folder: Path, manifest: Manifest) -> CoachHooKHparams:
+    if new := set(manifest.hparams) - {f.name for f in fields(CoachHooKHparams)}:
+        raise FolderError(
+            f"{folder}: has hyperparameters that this release lacks ({', '.join(sorted(new))}); {manifests.UPDATE}"
+        )
+    return CoachHooKHparams.from_dict(manifest.hparams)
 
 
 def _steps(folder: Path, manifest: Manifest) -> list[steps.Written]:

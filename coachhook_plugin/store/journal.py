@@ -23,7 +23,7 @@ class Journal:
     """One folder, and what of a session is in it. Copies of a session have none."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the process goes
         self._lock = lock(self.folder)
         self._told: SessionState | None = None  # what the folder was last made to tell of ...
         self._unsure = False  # ... unless a failure left that open
@@ -71,6 +71,8 @@ class Journal:
         """After a failure, make sure that the folder tells of `state`; where nothing was written, it still does."""
         if self._unsure or (self._told is not None and self._told is not state):
             self.sync(state, record)
+            if self._manifest is not None:  # a step may have landed just before the failure
+                folders.clean(self.folder, self._manifest, self._trailing)
 
     def _sync(self, state: SessionState, record: Callable[[], Record]) -> None:
         history = state.history

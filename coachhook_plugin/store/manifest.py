@@ -14,6 +14,7 @@ from .files import FolderError, canonical, write_text
 
 NAME = "coachhook_config.json"
 FORMAT = 1  # raise it when an older release would misread what is written
+UPDATE = "update coachhook-plugin"
 PACKAGES = ("coachhook-plugin", "torch", "transformers", "safetensors")
 
 
@@ -73,11 +74,15 @@ class Manifest:
             raise damaged
         if isinstance(content.get("format"), int) and content["format"] > FORMAT:
             raise FolderError(
-                f"{path}: written in format {content['format']}, and this release reads up to {FORMAT}; "
-                "update coachhook-plugin"
+                f"{path}: written in format {content['format']}, and this release reads up to {FORMAT}; {UPDATE}"
             )
         digest = content.pop("digest", None)
-        if digest != hashlib.sha256(canonical(content)).hexdigest() or set(content) != {f.name for f in fields(cls)}:
+        if digest != hashlib.sha256(canonical(content)).hexdigest():
+            raise damaged
+        known = {f.name for f in fields(cls)}
+        if new := set(content) - known:
+            raise FolderError(f"{path}: has entries that this release lacks ({', '.join(sorted(new))}); {UPDATE}")
+        if set(content) != known:
             raise damaged
         files = {role: File(**file) for role, file in content.pop("files").items()}
         return cls(files=files, **content)

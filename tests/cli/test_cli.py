@@ -103,6 +103,7 @@ def test_editing_goes_on_where_it_was_and_skips_what_is_in_force(work: Path, run
         ([zoo.FACTS[0], "", '["a list"]'], "line 3: expected an object with prompt, subject and target_new"),
         ([zoo.FACTS[0], {"prompt": "Ada is", "subject": "Ada"}], "line 2, field 'target_new' is missing"),
         ([{**zoo.FACTS[0], "subject": "Nobody"}], "line 1, subject: 'Nobody' is not in the prompt"),
+        ([{**zoo.FACTS[0], "target_new": "half \ud83d"}], "line 1, target_new: 'half \\ud83d' holds half a character"),
         ([zoo.FACTS[0], {**zoo.FACTS[1], "target_new": 7}], "line 2, target_new: expected a string"),
         ([zoo.FACTS[0], {**zoo.FACTS[2], "prompt": "Norway " + "so they say " * 80}], "line 2, prompt: "),
         ([], "holds no facts"),
@@ -145,6 +146,31 @@ def test_what_is_not_possible_ends_in_one_sentence_and_exit_code_1(
     assert main([*arguments, "--quiet"]) == 1  # and without --json
     assert said in capsys.readouterr().err
     assert run("inspect", str(work / "edits"))[1]["in_force"] == 1
+
+
+def test_a_fact_may_hold_any_separator_of_unicode_and_the_file_a_mark_at_its_start(work: Path, run: Any) -> None:
+    fact = {**zoo.FACTS[0], "prompt": "So\u2028they\x85say: " + zoo.FACTS[0]["prompt"]}
+    line = json.dumps(fact, ensure_ascii=False)
+    (work / "facts.jsonl").write_text("\ufeff" + line + "\r\n", encoding="utf-8", newline="")
+    assert run(*edit(work))[1]["written"] == ["1-1"]
+    assert run("show", str(work / "edits"), "1-1")[1]["edits"][0]["prompt"] == fact["prompt"]
+
+
+def test_a_folder_that_comes_from_elsewhere_is_used_with_a_model_by_shipped_name(
+    work: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*edit(work))[0] == 0
+    (work / "model").rename(work / "here")
+    monkeypatch.setattr("coachhook_plugin.smollm2.smollm2_path", lambda: str(work / "here"))
+    code, answer = run("forget", str(work / "edits"), "1-1", "--model", "smollm2-135m")
+    assert (code, answer.get("in_force")) == (0, 3), answer
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(work: Path, run: Any, device: str) -> None:
+    code, answer = run(*edit(work, "--device", device))
+    assert code == 1
+    assert f"device: {device} cannot be used" in answer["error"]
 
 
 def test_an_interrupted_run_keeps_its_whole_batches(work: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

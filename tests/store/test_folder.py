@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -152,7 +153,7 @@ def test_editing_on_says_what_is_missing(
     session.save(tmp_path, memory=memory)
     other = load_edits(tiny(), tmp_path, session.tokenizer if tokenizer_too else None)
     before = photograph(other.model)
-    for act in (lambda: other.edit(facts[2:]), lambda: other.forget(["1-1"])):
+    for act in (lambda: other.edit(facts[2:]), lambda: other.check(facts[2:]), lambda: other.forget(["1-1"])):
         with pytest.raises(ValueError, match=said):
             act()
     assert photograph(other.model) == before
@@ -281,6 +282,35 @@ def test_the_folder_holds_what_it_promises(saved: Path) -> None:
     }
 
 
+def test_edits_that_came_by_load_state_dict_are_not_saved_as_the_sessions(
+    start: Start, facts: Facts, tmp_path: Path
+) -> None:
+    session, other = start(), start()
+    session.edit(facts[:2])
+    other.edit(facts[2:])
+    session.model.load_state_dict(other.model.state_dict())
+    with pytest.raises(ValueError, match="other edits than this session's"):
+        session.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+    session.restore(session.state)
+    session.save(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_folder_can_be_read_by_whom_the_umask_lets(start: Start, facts: Facts, tmp_path: Path) -> None:
+    session = start(session_dir=str(tmp_path / "run"))
+    before = os.umask(0o027)
+    try:
+        session.edit(facts[:1])
+        session.edit(facts[1:2])
+        session.save(tmp_path / "edits")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert len(files) == 4 + 5  # the journal has one step
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +352,14 @@ def test_another_architecture_is_refused(saved: Path, tiny: Any) -> None:
 def test_a_newer_format_is_refused_by_its_number(saved: Path, tiny: Any) -> None:
     rewrite(saved, format=2, something="new")
     refused(tiny(), saved, "format 2, and this release reads up to 1; update")
+
+
+def test_what_a_newer_release_added_is_not_called_damage(saved: Path, tiny: Any) -> None:
+    hparams = json.loads((saved / CONFIG).read_text())["hparams"]
+    rewrite(saved, hparams={**hparams, "new_knob": 1})
+    refused(tiny(), saved, r"hyperparameters that this release lacks \(new_knob\); update coachhook-plugin")
+    rewrite(saved, tags=[])
+    refused(tiny(), saved, r"entries that this release lacks \(tags\); update coachhook-plugin")
 
 
 @pytest.mark.parametrize("name", [CONFIG, LAYERS, MEMORY, LEDGER])

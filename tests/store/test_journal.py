@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import zoo
 from plain import bits, logits_of, photograph, photograph_session, raising_at
 
 import coachhook_plugin.store.files
+import coachhook_plugin.store.journal
 from coachhook_plugin import EditSession, FolderError, load_edits
 
 Start = Callable[..., EditSession]
@@ -263,6 +265,47 @@ def test_a_write_that_fails_anywhere_leaves_folder_and_session_agreeing(
         one.edit(facts[2:])
     session.detach()
     assert told(resume(tmp_path)) == told(untroubled)
+
+
+def test_a_step_that_landed_just_before_an_interruption_is_not_found_again(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, untroubled = start(session_dir=str(tmp_path)), start()
+    for one in (session, untroubled):
+        one.edit(facts[:1])
+    steps = coachhook_plugin.store.journal.steps
+    with (
+        raising_at(monkeypatch, steps, "append", 0, KeyboardInterrupt(), after=True),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        session.edit(facts[1:2])
+    for one in (session, untroubled):
+        one.edit(facts[2:])
+    session.detach()
+    assert told(resume(tmp_path)) == told(untroubled)
+
+
+def test_the_folder_is_found_wherever_the_process_goes(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = start(session_dir="run")
+    session.edit(facts[:1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    session.edit(facts[1:2])
+    session.detach()
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert len(resume(tmp_path / "run")) == 2
+
+
+def test_a_session_may_be_closed_by_another_thread(start: Start, resume: Any, facts: Facts, tmp_path: Path) -> None:
+    session = start(session_dir=str(tmp_path))
+    session.edit(facts[:1])
+    thread = threading.Thread(target=session.close)
+    thread.start()
+    thread.join()
+    assert len(resume(tmp_path)) == 1
 
 
 def test_copies_of_a_session_do_not_write_to_its_folder(
