@@ -8,6 +8,7 @@ VENV        := .venv
 VENV_OLDEST := .venv-oldest
 METHODS     ?= coachhook,memit
 PYTEST_ARGS ?=
+WORKERS     ?= 2
 
 # Tests and demo need no hub: what they load is made from packages.
 export HF_HUB_OFFLINE ?= 1
@@ -65,13 +66,16 @@ help: ## this list
 demo: $(VENV)/ready ## edit a real model with 30 facts, beside MEMIT (METHODS=coachhook leaves MEMIT out)
 	$(VENV)/bin/python -m evaluation.demo --methods $(METHODS)
 
+# Each worker takes whole files, and one thread: the tests' models are too small for more.
+RUN_TESTS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
 .PHONY: test
-test: $(VENV)/ready ## run the tests (PYTEST_ARGS=... adds options)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/ready ## run the tests (PYTEST_ARGS=... adds options, WORKERS=... sets the processes)
+	$(call RUN_TESTS,$(VENV))
 
 .PHONY: test-oldest
 test-oldest: $(VENV_OLDEST)/ready ## run the tests under transformers 4.50
-	$(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(call RUN_TESTS,$(VENV_OLDEST))
 
 .PHONY: lint
 lint: $(VENV)/ready ## check style and formatting
