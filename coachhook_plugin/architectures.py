@@ -147,6 +147,13 @@ def model_parts(model: nn.Module, hparams: CoachHooKHparams) -> ModelParts:
     )
 
 
+def weight_device(projection: nn.Module) -> torch.device:
+    """Where the weight of an output projection is."""
+    weight = projection.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
 def weight_shape(projection: nn.Module) -> tuple[int, int]:
     """(d, m) of a projection, whichever way round its weight is stored."""
     weight = cast(torch.Tensor, projection.weight)

@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
-from .architectures import weight_shape
+from .architectures import weight_device, weight_shape
 from .cache import write_whole
 from .memory import working_precision
 from .text import TextSource
@@ -101,7 +101,7 @@ def collected_sums(
     device, share = next(model.parameters()).device, Share.of_this_process()
     if checkpoint is not None:
         checkpoint = checkpoint.with_name(f"{checkpoint.name}-{share.rank}-of-{share.processes}.npz")
-    sums = {layer: KeySums(weight_shape(p)[1], _device_of(p)) for layer, p in projections.items()}
+    sums = {layer: KeySums(weight_shape(p)[1], weight_device(p)) for layer, p in projections.items()}
     mine = range(share.rank, source.batches, share.processes)
     done = _resume(checkpoint, sums)
     last = max(projections)
@@ -126,12 +126,6 @@ def collected_sums(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return sums
-
-
-def _device_of(projection: nn.Module) -> torch.device:
-    weight = projection.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.device
 
 
 def _add(sums: KeySums, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

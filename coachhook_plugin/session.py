@@ -30,7 +30,7 @@ from torch import nn
 
 from . import memory, probe, statistics, store
 from .activations import subject_keys, subject_values
-from .architectures import context_length, key_size, model_parts, weight_shape
+from .architectures import context_length, key_size, model_parts, weight_device, weight_shape
 from .attachment import Attachment
 from .fingerprint import weights_fingerprint
 from .hook import Mode
@@ -467,7 +467,7 @@ class EditSession:
 
     def _placed(self, snapshot: Snapshot, history: History | None) -> SessionState:
         """A snapshot as a state of this session, on the devices of the edited layers."""
-        devices = {layer: _device(projection) for layer, projection in self._parts.projections.items()}
+        devices = {layer: weight_device(projection) for layer, projection in self._parts.projections.items()}
         layers = {layer: of.on(devices[layer]) for layer, of in snapshot.layers.items()}
         scope = self._scope.unpack(snapshot.scope) if self._scope is not None and snapshot.scope else None
         return SessionState(layers, scope, snapshot.ledger, snapshot.step, history)
@@ -639,7 +639,7 @@ class EditSession:
         if hparams.scope == "zscore":
             start = Thresholds(hparams.alpha, hparams.short_prompt_ratio)
             return ZScoreScope(self.model, self._layers, start, hparams.dynamic_alpha)
-        first = _device(self._parts.projections[self._layers[0]])
+        first = weight_device(self._parts.projections[self._layers[0]])
         constants = {name: tensor.to(first) for name, tensor in constants.items()}
         return LeverageScope.of_constants(
             self._layers, constants, hparams.scope_budget, hparams.scope_ridge, hparams.seed
@@ -660,13 +660,7 @@ def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, prog
     return EditSession.of_contents(store.read(Path(folder)), model, tokenizer, progress)
 
 
-def _device(projection: nn.Module) -> torch.device:
-    weight = projection.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.device
-
-
 def _moved(matrix: torch.Tensor, projection: nn.Module) -> torch.Tensor:
     """A float64 matrix where the projection's weight is, as wide as that device has it."""
-    device = _device(projection)
+    device = weight_device(projection)
     return (matrix.float() if device.type == "mps" else matrix).to(device).contiguous()
