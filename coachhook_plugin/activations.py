@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .memory import working_precision
-from .tokens import Encoder, Request, Row, micro_batches
+from .tokens import Batch, Encoder, Request, Row, micro_batches
 from .trace import captured
+from .tree import TokenTree
 
 
 @torch.no_grad()
@@ -22,20 +24,20 @@ def subject_keys(
     budget: int,
     device: torch.device,
     looks_ahead: bool = True,
+    trees: bool = False,
 ) -> torch.Tensor:
     """(u, 1 + prefixes, m): the projection's input at the subject's last token, of the plain prompt and prefixed.
 
     Args:
         budget: tokens in one forward pass.
         looks_ahead: whether tokens behind the subject can change what it is answered.
+        trees: whether the model may run token trees (`observation.Comparison`).
     """
     rows = [[_row(encoder, prefix, request, looks_ahead) for prefix in ("", *prefixes)] for request in requests]
     keys = []
     for chunk in micro_batches(rows, budget):
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
-        with captured(projection, stop=True) as seen:
-            model(**batch.model_inputs())
-        found = _at_subject(seen.input, batch.input_ids.shape, batch.subject)  # (b, m)
+        found = _at_subject(model, projection, batch, trees).input
         keys.append(working_precision(found).view(len(chunk), 1 + len(prefixes), -1))
     return torch.cat(keys)
 
@@ -49,15 +51,14 @@ def subject_values(
     budget: int,
     device: torch.device,
     looks_ahead: bool = True,
+    trees: bool = False,
 ) -> torch.Tensor:
     """(d, u): what the block now answers at the subject's last token of the plain prompt. Arguments as above."""
     rows = [[_row(encoder, "", request, looks_ahead)] for request in requests]
     columns = []
     for chunk in micro_batches(rows, budget):
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
-        with captured(block, stop=True) as seen:
-            model(**batch.model_inputs())
-        columns.append(working_precision(_at_subject(seen.output, batch.input_ids.shape, batch.subject)))
+        columns.append(working_precision(_at_subject(model, block, batch, trees).output))
     return torch.cat(columns).T
 
 
@@ -66,7 +67,24 @@ def _row(encoder: Encoder, prefix: str, request: Request, looks_ahead: bool) -> 
     return row if looks_ahead else row.up_to_subject()
 
 
-def _at_subject(hidden: torch.Tensor, shape: torch.Size, subject: torch.Tensor) -> torch.Tensor:
-    """(b, T, x), or (b T, x) from blocks that flatten their tokens, to (b, x)."""
-    rows = hidden.view(*shape, hidden.shape[-1])
-    return rows[torch.arange(shape[0], device=rows.device), subject.to(rows.device)]
+@dataclass(frozen=True)
+class _AtSubject:
+    input: torch.Tensor  # (b, x) what the module was given at each row's subject
+    output: torch.Tensor  # (b, y)
+
+
+def _at_subject(model: nn.Module, module: nn.Module, batch: Batch, tree: bool) -> _AtSubject:
+    """What passes through one module at the subjects."""
+    each = torch.arange(len(batch.subject), device=batch.subject.device)
+    if tree:
+        run = TokenTree.of(batch)
+        inputs = run.model_inputs(next(model.parameters()).dtype)
+        places = run.node[each, batch.subject]
+    else:
+        inputs = batch.model_inputs()
+        places = each * batch.input_ids.shape[1] + batch.subject
+    with captured(module, stop=True) as seen:
+        model(**inputs)
+    # (b, T, x), or (b T, x) from blocks that flatten their tokens
+    found = (state.reshape(-1, state.shape[-1])[places.to(state.device)] for state in (seen.input, seen.output))
+    return _AtSubject(*found)

@@ -28,6 +28,7 @@ from .trace import captured
 LOG = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
+STRIPES = 4  # of the sum, each multiplied from its diagonal on
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,15 @@ class KeySums:
     """Running sums over the keys of one layer."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.total = working_precision(torch.zeros(size, size, device=device))  # (m, m): k k^T
+        self.upper = working_precision(
+            torch.zeros(size, size, device=device)
+        )  # (m, m): k k^T on and above the diagonal
         self.moments = working_precision(torch.zeros(2, device=device))  # number of keys, ||k||^4
+
+    @property
+    def total(self) -> torch.Tensor:
+        """(m, m): sum of k k^T."""
+        return self.upper.triu() + self.upper.triu(1).T
 
     @property
     def count(self) -> int:
@@ -75,14 +83,17 @@ class KeySums:
 
     def add(self, keys: torch.Tensor) -> None:
         """Take keys (..., m) in: the product of a batch in float32, which is quick, their sum in float64."""
-        keys = keys.reshape(-1, len(self.total)).float()
-        self.total += keys.T @ keys
+        size = len(self.upper)
+        keys = keys.reshape(-1, size).float()
+        for start in range(0, size, -(-size // STRIPES)):  # of a symmetric matrix five eighths do
+            stripe = slice(start, start + -(-size // STRIPES))
+            self.upper[stripe, start:] += keys[:, stripe].T @ keys[:, start:]
         self.moments[0] += len(keys)
         self.moments[1] += keys.square().sum(-1).square().sum()
 
     def add_up(self) -> None:
         """Make these the sums over the keys of all processes."""
-        distributed.all_reduce(self.total)
+        distributed.all_reduce(self.upper)
         distributed.all_reduce(self.moments)
 
 
@@ -135,7 +146,7 @@ def _add(sums: KeySums, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 def _save_checkpoint(path: Path, sums: dict[int, KeySums], batches: int) -> None:
     arrays: dict[str, Any] = {"batches": np.array(batches)}
     for layer, of_layer in sums.items():
-        arrays[f"total.{layer}"] = of_layer.total.cpu().numpy()
+        arrays[f"total.{layer}"] = of_layer.upper.cpu().numpy()
         arrays[f"moments.{layer}"] = of_layer.moments.cpu().numpy()
     write_whole(path, lambda stream: np.savez(stream, **arrays))
 
@@ -155,6 +166,6 @@ def _resume(path: Path | None, sums: dict[int, KeySums]) -> int:
         LOG.warning("%s: unreadable checkpoint (%s); starting over", path, error)
         return 0
     for layer, (total, moments) in saved.items():
-        sums[layer].total.copy_(total)
+        sums[layer].upper.copy_(total)
         sums[layer].moments.copy_(moments)
     return batches

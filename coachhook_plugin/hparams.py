@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from .placement import Place
 from .shipped import shipped_hparams, shipped_names
 
 LOG = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class CoachHooKHparams:
     mom2_dtype: Literal["float16", "float32", "float64"] = "float32"
     mom2_key_multiple: float = 10.0  # keys collected per key dimension, at most
     stats_dir: str | None = None  # folder with the toolkit's *_mom2*.npz files
+    memory_device: Place = "weights"  # where the memories rest between batches: "weights", "cpu" or "disk" (mapped)
     accumulate: bool = True  # off: every batch sees lambda C0 alone, as MEMIT does
     # How the residual is spread. mean: an equal share for every layer (paper). boundary: the first and the last layer
     # alone, each towards a target of its own and without division (BLUE, arXiv 2502.03748).

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .placement import Place, at_rest, room_for
+
 FLOAT32, FLOAT64 = 24, 53  # bits of their significands
 NOT_POSITIVE = "the key covariance is not positive definite; collect more keys (mom2_key_multiple) or check the file"
 
@@ -19,20 +21,30 @@ class KeyMemory:
     """C = lambda C0 + sum of K K^T over all batches written so far. Immutable: an update gives a new memory."""
 
     matrix: torch.Tensor  # (m, m), float64 where the device has it
+    place: Place = "weights"  # where it rests between batches
 
     @classmethod
-    def of_covariance(cls, c0: torch.Tensor, weight: float) -> KeyMemory:
+    def of_covariance(cls, c0: torch.Tensor, weight: float, place: Place = "weights") -> KeyMemory:
         """A memory of pre-training alone: lambda C0, with C0 = E[k k^T] (m, m) and lambda = `weight`."""
-        return cls(weight * working_precision(c0))
+        return cls(at_rest(weight * working_precision(c0), place), place)
+
+    def on(self, device: torch.device) -> KeyMemory:
+        """The memory of a model whose weights are on `device`."""
+        return KeyMemory(working_precision(self.matrix.to(device)), self.place) if self.place == "weights" else self
+
+    def resting(self, place: Place) -> KeyMemory:
+        """The same memory in another place."""
+        return self if place == self.place else KeyMemory(at_rest(self.matrix, place), place)
 
     def coefficients(self, keys: torch.Tensor) -> torch.Tensor:
-        """X = (C + K K^T)^-1 K for keys K (m, u); returns (m, u).
+        """X = (C + K K^T)^-1 K for keys K (m, u); returns (m, u). Computed where the keys are.
 
         Raises:
             ValueError: C + K K^T is not positive definite, even with a ridge of a millionth of its mean diagonal.
         """
         keys = working_precision(keys)
-        total = self.matrix + keys @ keys.T  # (m, m)
+        total = keys @ keys.T  # (m, m)
+        total += self.matrix.to(total)
         factor, info = torch.linalg.cholesky_ex(total)
         if info.item() != 0:
             # Neurons that never fired in the sample (ReLU) leave C0 singular.
@@ -44,7 +56,8 @@ class KeyMemory:
 
     def remembering(self, keys: torch.Tensor, sign: int = 1) -> KeyMemory:
         """The memory after keys K (m, u) were written: C + K K^T; with sign -1, after they were taken back."""
-        return KeyMemory(self.matrix + sign * _product(keys, keys).to(self.matrix))
+        change = _product(keys, keys).to(self.matrix)
+        return KeyMemory(torch.add(self.matrix, change, alpha=sign, out=room_for(self.matrix, self.place)), self.place)
 
 
 def context_mean(keys: torch.Tensor) -> torch.Tensor:

@@ -86,11 +86,11 @@ def _packed_attention(
 
 def attention_of(blocks: Sequence[nn.Module]) -> str:
     """The name of the attention function that all of the blocks use; empty where it is not one."""
-    names = {str(getattr(config, "_attn_implementation", None)) for config in _configs(blocks)}
+    names = {str(getattr(config, "_attn_implementation", None)) for config in configs_of(blocks)}
     return names.pop() if len(names) == 1 else ""
 
 
-def _configs(blocks: Sequence[nn.Module]) -> list[Any]:
+def configs_of(blocks: Sequence[nn.Module]) -> list[Any]:
     found = (module.config for block in blocks for module in block.modules() if hasattr(module, "config"))
     return list({id(config): config for config in found}.values())
 
@@ -102,7 +102,7 @@ def packed_attention(blocks: Sequence[nn.Module]) -> Iterator[None]:
     Raises:
         TypeError: their attention is not one that can be wrapped.
     """
-    configs, name = _configs(blocks), attention_of(blocks)
+    configs, name = configs_of(blocks), attention_of(blocks)
     if name not in ALL_ATTENTION_FUNCTIONS or name == NAME:
         raise TypeError("the model's attention is not in the library's table, or is wrapped already")
     ALL_ATTENTION_FUNCTIONS[NAME] = _packed_attention

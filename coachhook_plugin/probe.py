@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,44 +13,73 @@ from torch import nn
 from .architectures import ModelParts
 from .hook import HookLayer
 from .scope import ZScoreGate
-from .tokens import Encoder, Request, micro_batches
+from .tokens import Encoder, Request, Row, micro_batches
 from .trace import captured, frozen
 
 LOG = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def margins(model: nn.Module, parts: ModelParts, hooks: dict[int, HookLayer], ids: torch.Tensor) -> torch.Tensor:
     """(T,): how far each token of `ids` (T,) is inside the scope, the largest of all layers; see `Gate.margin`."""
-    found = torch.full(ids.shape, -torch.inf)
-    seen: dict[int, torch.Tensor] = {}
-    handles = [
-        parts.projections[layer].register_forward_pre_hook(
-            lambda _, inputs, layer=layer: seen.update({layer: inputs[0]})
-        )
-        for layer in hooks
-    ]
-    try:
-        with frozen(model), captured(parts.projections[max(parts.projections)], stop=True):
-            model(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer, key in seen.items():
-        margin = hooks[layer].margin(key)
-        if margin is not None:
-            found = torch.maximum(found, margin.reshape(-1).to(found))
+    ids = ids[None].to(next(model.parameters()).device)
+    return _margins(model, parts, hooks, {"input_ids": ids, "use_cache": False}, ids.shape)[0]
+
+
+def in_scope(
+    model: nn.Module,
+    parts: ModelParts,
+    hooks: dict[int, HookLayer],
+    encoder: Encoder,
+    requests: Sequence[Request],
+    budget: int,
+    first: int,
+) -> list[bool]:
+    """Whether the subject of each plain prompt is in scope; where it is not, the user is told.
+
+    Args:
+        first: place of the requests in a longer list, from which messages count.
+    """
+    rows = [[encoder.prompt("", request)] for request in requests]
+    found: list[bool] = []
+    for chunk in micro_batches(rows, budget):
+        batch = encoder.batch([row for i in chunk for row in rows[i]], next(model.parameters()).device)
+        of_batch = _margins(model, parts, hooks, batch.model_inputs(), batch.input_ids.shape)  # (b, T)
+        found += (of_batch.gather(1, batch.subject[:, None].cpu())[:, 0] >= 1).tolist()
+    for i, (request, (row,), inside) in enumerate(zip(requests, rows, found, strict=True), first):
+        if not inside:
+            _tell(i, request, row, any(isinstance(hook.gate, ZScoreGate) for hook in hooks.values()))
     return found
 
 
-def opens(
-    model: nn.Module, parts: ModelParts, hooks: dict[int, HookLayer], encoder: Encoder, request: Request, place: int
-) -> bool:
-    """Whether the plain prompt's subject is in scope; where it is not, the user is told about request `place`."""
-    row = encoder.prompt("", request)
-    if margins(model, parts, hooks, torch.tensor(row.ids))[row.subject] >= 1:
-        return True
-    if any(isinstance(hook.gate, ZScoreGate) for hook in hooks.values()):
+@torch.no_grad()
+def _margins(
+    model: nn.Module,
+    parts: ModelParts,
+    hooks: dict[int, HookLayer],
+    inputs: dict[str, Any],
+    shape: torch.Size,
+) -> torch.Tensor:
+    """The same for rows (b, T)."""
+    found = torch.full(shape, -torch.inf)
+
+    def look(hook: HookLayer, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        nonlocal found
+        margin = hook.margin(given[0])
+        if margin is not None:
+            found = torch.maximum(found, margin.reshape(shape).to(found))
+
+    handles = [parts.projections[i].register_forward_pre_hook(partial(look, hook)) for i, hook in hooks.items()]
+    try:
+        with frozen(model), captured(parts.projections[max(parts.projections)], stop=True):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _tell(place: int, request: Request, row: Row, zscore: bool) -> None:
+    if zscore:
         why = "it stands out too little from the other tokens; lower alpha, or take scope: leverage"
     elif row.subject == 0:
         why = "it is the very first token of the text, which looks like every other first token; put a word before it"
@@ -61,7 +92,6 @@ def opens(
         request.prompt,
         why,
     )
-    return False
 
 
 @torch.no_grad()

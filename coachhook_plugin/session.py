@@ -37,12 +37,12 @@ from .hook import Mode
 from .hparams import CoachHooKHparams
 from .ledger import Edit, Ledger, lines_of_batch, to_forget, with_lines
 from .memory import KeyMemory
+from .observation import Comparison
 from .sampling import context_prefixes
 from .scope import LeverageScope, Scope, ScopeState, Thresholds, ZScoreGate, ZScoreScope
 from .state import Factors, History, LayerState, SessionState, Snapshot, Step, changes
 from .store import Contents, FolderError, Journal, Record
 from .store.files import lock
-from .tail import Comparison
 from .target import Targets, optimise_targets
 from .text import TextSource, text_source
 from .tokens import Encoder, Request, parse_requests
@@ -93,7 +93,8 @@ class EditSession:
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
-        self._comparison = Comparison()
+        looks_ahead = hparams.use_hooks and hparams.scope == "zscore"  # a token tree is for models that do not
+        self._comparison = Comparison(trees=False if looks_ahead else None)
         self._attached = Attachment(self._parts.projections)
         self._journal = Journal.start(hparams.session_dir) if hparams.session_dir else None
         object.__setattr__(model, ATTRIBUTE, self)
@@ -181,11 +182,7 @@ class EditSession:
             self._attached.attach(self._scope)
             with frozen(self.model):
                 targets, factors, layers, scope = self._written_batch(parsed, first)
-                in_scope = [
-                    self._scope is None
-                    or probe.opens(self.model, self._parts, self._attached.hooks, self._encoder, request, place)
-                    for place, request in enumerate(parsed, first)
-                ]
+                in_scope = self._in_scope(parsed, first)
             asked = None if self._scope is None else self._scope.asked(scope)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             lines = lines_of_batch(before.ledger, before.step + 1, now, parsed, targets.nll, asked, in_scope)
@@ -456,11 +453,16 @@ class EditSession:
         sign: int = 1,
     ) -> SessionState:
         """The state one step after `before`."""
-        told = changes(self._packed(before.scope), self._packed(scope))
+        packed, ledger, number = self._packed(scope), with_lines(before.ledger, lines), before.step + 1
+        told = changes(self._packed(before.scope), packed)
         step = Step({layer: of.on(CPU) for layer, of in factors.items()}, told, lines, sign)
         assert before.history is not None
-        history = before.history.followed(step, self.hparams.history_steps)
-        return SessionState(layers, scope, with_lines(before.ledger, lines), before.step + 1, history)
+        history = before.history.followed(
+            step,
+            self.hparams.history_steps,
+            lambda: Snapshot({layer: of.on(CPU) for layer, of in layers.items()}, packed, ledger, number),
+        )
+        return SessionState(layers, scope, ledger, number, history)
 
     def _packed(self, scope: ScopeState) -> dict[str, torch.Tensor]:
         return {} if self._scope is None else self._scope.pack(scope)
@@ -536,7 +538,7 @@ class EditSession:
             targets = self._targets(requests, group[-1], first)
             self._attached.set_mode(Mode.TEMPORARY, group)
             for i, layer in enumerate(group):
-                keys = self._keys(layer, requests)
+                keys = self._keys(layer, requests, trees=self._comparison.trees is True)
                 if layer == self._layers[0] and self._scope is not None:
                     scope = self._told(self._scope.after_keys(scope, keys))
                     self._attached.show_scope(scope)
@@ -560,11 +562,25 @@ class EditSession:
             first,
         )
 
-    def _keys(self, layer: int, requests: list[Request]) -> torch.Tensor:
+    def _in_scope(self, requests: list[Request], first: int) -> list[bool]:
+        if self._scope is None:
+            return [True] * len(requests)
+        budget = self.hparams.target_tokens
+        return probe.in_scope(self.model, self._parts, self._attached.hooks, self._encoder, requests, budget, first)
+
+    def _keys(self, layer: int, requests: list[Request], trees: bool = False) -> torch.Tensor:
         """(u, contexts, m)"""
         budget, projection = self.hparams.target_tokens, self._parts.projections[layer]
         return subject_keys(
-            self.model, projection, self._encoder, requests, self.prefixes, budget, self.device, self._looks_ahead
+            self.model,
+            projection,
+            self._encoder,
+            requests,
+            self.prefixes,
+            budget,
+            self.device,
+            self._looks_ahead,
+            trees,
         )
 
     @property
@@ -583,11 +599,18 @@ class EditSession:
         """Transformer memory updating of one layer (paper, section 3.2), the first of `layers_left`."""
         last = self._parts.blocks[layers_left[-1]]
         current = subject_values(
-            self.model, last, self._encoder, requests, self.hparams.target_tokens, self.device, self._looks_ahead
+            self.model,
+            last,
+            self._encoder,
+            requests,
+            self.hparams.target_tokens,
+            self.device,
+            self._looks_ahead,
+            trees=self._comparison.trees is True,
         )  # (d, u)
         residual = memory.spread(targets.values.to(current.device), current, len(layers_left))  # (d, u)
         assert state.memory is not None
-        keys = memory.on_grid(memory.context_mean(keys).T.to(state.memory.matrix.device))  # (m, u)
+        keys = memory.on_grid(memory.context_mean(keys).T.to(state.delta.device))  # (m, u)
         coefficients = memory.on_grid(state.memory.coefficients(keys))  # (m, u)
         residual = memory.on_grid(residual).to(keys.device)
         return Factors(residual, coefficients, keys if self.hparams.accumulate else None)
@@ -615,7 +638,9 @@ class EditSession:
                 covariance = _moved(found[layer].covariance(), projection)
                 layers[layer] = LayerState(
                     delta=torch.zeros(self._parts.hidden_size, len(covariance), device=covariance.device),
-                    memory=KeyMemory.of_covariance(covariance, self.hparams.mom2_update_weight),
+                    memory=KeyMemory.of_covariance(
+                        covariance, self.hparams.mom2_update_weight, self.hparams.memory_device
+                    ),
                 )
             self._scope = self._new_scope(found, text) if self.hparams.use_hooks else None
         scope = None if self._scope is None else self._scope.initial()

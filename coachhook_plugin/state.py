@@ -6,7 +6,7 @@ steps from an earlier state therefore gives the bits that the session had, on ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -28,8 +28,7 @@ class LayerState:
     memory: KeyMemory | None  # None where edits were loaded without it
 
     def on(self, device: torch.device) -> LayerState:
-        kept = None if self.memory is None else KeyMemory(memory.working_precision(self.memory.matrix.to(device)))
-        return LayerState(self.delta.to(device), kept)
+        return LayerState(self.delta.to(device), None if self.memory is None else self.memory.on(device))
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,18 @@ class History:
     def until(self, number: int) -> History:
         return replace(self, steps=self.steps[: number - self.base.step])
 
-    def followed(self, step: Step, limit: int) -> History:
-        """With one more step; beyond `limit` only the newest half stays, the others become part of `base`."""
+    def followed(self, step: Step, limit: int, now: Callable[[], Snapshot]) -> History:
+        """With one more step; beyond `limit` only the newest half stays, the others become part of `base`.
+
+        Args:
+            now: gives the state after `step`, which becomes `base` where no step stays.
+        """
         steps = (*self.steps, step)
         if len(steps) <= limit:
             return replace(self, steps=steps)
         split = len(steps) - -(-limit // 2)
         folded = None if self.folded is None else (*self.folded, *(old.for_answers() for old in steps[:split]))
-        base = reduce(Snapshot.after, steps[:split], self.base)
+        base = reduce(Snapshot.after, steps[:split], self.base) if steps[split:] else now()
         if folded is not None and not is_smaller(folded, base):
             folded = None
         return History(base, steps[split:], folded)

@@ -9,7 +9,6 @@ with the model's own answer), a step runs the upper blocks over all tokens, or e
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,14 +18,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from .observation import Attended, Call, Comparison, Observation, alike, observe
 from .packing import PackedAttention, Packing, attention_of, packed_attention
 from .tokens import Batch
-from .trace import captured, hidden_of, with_hidden
+from .trace import captured, with_hidden
 
 LOG = logging.getLogger(__name__)
-
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the largest entry; 16 bits: 5e-2
 
 
 class Tail(Protocol):
@@ -50,42 +47,12 @@ class Tail(Protocol):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """How the model called one upper block."""
-
-    block: nn.Module
-    arguments: dict[str, Any]  # by name, without the hidden states
-    hidden_name: str
-    is_loss_layer: bool
-
-    def run(self, state: torch.Tensor, **changed: Any) -> torch.Tensor:
-        return hidden_of(self.block(**{**self.arguments, self.hidden_name: state, **changed}))
-
-
-class _Attended:
-    """Stands in for the library's cache: remembers keys and values, and puts kept ones in front of new ones."""
-
-    def __init__(self, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        self.kept = kept  # (b, heads, P, head size) each
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen = key, value
-        if self.kept is None:
-            return key, value
-        return torch.cat([self.kept[0], key], dim=2), torch.cat([self.kept[1], value], dim=2)
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0 if self.kept is None else int(self.kept[0].shape[2])
-
-
-@dataclass(frozen=True)
 class _Suffix:
     """Upper blocks over the tokens from the subject's last one on."""
 
     hidden: torch.Tensor  # (b, S, d)
     offset: torch.Tensor  # (b,)
-    calls: tuple[_Call, ...]
+    calls: tuple[Call, ...]
     cache_name: str
     kept: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of the tokens before, for each upper block
 
@@ -94,7 +61,7 @@ class _Suffix:
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for_loss = state
         for call, kept in zip(self.calls, self.kept, strict=True):
-            state = call.run(state, **{self.cache_name: _Attended(kept)})
+            state = call.run(state, **{self.cache_name: Attended(kept)})
             for_loss = state if call.is_loss_layer else for_loss
         return for_loss, state
 
@@ -161,7 +128,7 @@ class _UpperBlocks:
 
     hidden: torch.Tensor  # (b, T, d)
     offset: torch.Tensor
-    calls: tuple[_Call, ...]
+    calls: tuple[Call, ...]
 
     packs: ClassVar[bool] = False
 
@@ -201,17 +168,7 @@ class _WholeModel:
         return at_loss.output, at_last.output
 
     def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _WholeModel:
-        batch = Batch(self.batch.input_ids[rows], self.batch.attention_mask[rows], self.batch.subject[rows])
-        return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], batch=batch)
-
-
-@dataclass
-class Comparison:
-    """Which way of running the upper blocks has been found to agree with the model; kept between batches."""
-
-    agreed: type | None = None
-    width: int = 0  # tokens of the longest batch compared: a longer one may reach past an attention window
-    attention: str = ""  # that the blocks used then; the user may choose another between batches
+        return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], batch=self.batch.rows(rows))
 
 
 @torch.no_grad()
@@ -231,56 +188,26 @@ def cut(
         comparison: remembers, for later batches on the same model, that the answers were compared.
     """
     comparison = comparison or Comparison()
-    calls: list[_Call] = []
-    caches: list[tuple[str, _Attended]] = []
-
-    def remember(layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = _by_name(block, args, kwargs)
-        hidden_name = next(iter(named))
-        hidden = named.pop(hidden_name)
-        cache_name = next((name for name in CACHE_ARGUMENTS if name in named), None)
-        calls.append(_Call(block, dict(named), hidden_name, layer == loss))
-        if not record or cache_name is None:
-            return None
-        caches.append((cache_name, _Attended()))
-        return (hidden,), {**named, cache_name: caches[-1][1]}
-
-    upper = list(enumerate(blocks))[edited + 1 :]
-    for record in (True, False):
-        calls.clear()
-        handles = [b.register_forward_pre_hook(partial(remember, i), with_kwargs=True) for i, b in upper]
-        try:
-            with captured(blocks[edited]) as at_cut, captured(blocks[-1], stop=True) as at_last:
-                model(**batch.model_inputs())
-            break
-        except Exception as error:
-            if not record:
-                raise
-            LOG.debug("blocks take no cache of ours: %s", error)
-            caches.clear()
-        finally:
-            for handle in handles:
-                handle.remove()
-    hidden, reference = at_cut.output, at_last.output
+    seen = observe(model, blocks, edited, loss, batch, comparison)
     start = torch.zeros_like(batch.subject)
-    whole = _WholeModel(hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
-    complete = _UpperBlocks(hidden, start, tuple(calls))
-    if not calls:  # the last block is edited: nothing is above it
+    whole = _WholeModel(seen.hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
+    complete = _UpperBlocks(seen.hidden, start, seen.calls)
+    if not seen.calls:  # the last block is edited: nothing is above it
         return complete
     builds: tuple[Callable[[], Tail], ...] = (
-        lambda: _packed(_suffix(complete, batch, caches), batch.attention_mask.sum(1) - batch.subject),
-        lambda: _suffix(complete, batch, caches),
+        lambda: _packed(_suffix(seen, batch), batch.attention_mask.sum(1) - batch.subject),
+        lambda: _suffix(seen, batch),
         lambda: complete,
     )
     for build in builds:
         try:
             tail = build()
-            width, attention = batch.input_ids.shape[1], attention_of(blocks)
-            if comparison == Comparison(type(tail), max(width, comparison.width), attention):
+            if comparison.tail is type(tail) and comparison.holds(comparison.tail_seen, blocks, batch):
                 return tail
-            if _agrees(tail, reference, batch):
+            if _agrees(tail, seen.last, batch):
                 if len(set(batch.subject.tolist())) > 1:  # rows of one offset prove nothing about others
-                    comparison.agreed, comparison.width, comparison.attention = type(tail), width, attention
+                    comparison.tail = type(tail)
+                    comparison.tail_seen = batch.input_ids.shape[1], attention_of(blocks)
                 return tail
         except Exception as error:
             LOG.debug("blocks cannot be called like that: %s", error)
@@ -288,11 +215,10 @@ def cut(
     return whole
 
 
-def _suffix(complete: _UpperBlocks, batch: Batch, caches: list[tuple[str, _Attended]]) -> _Suffix:
-    seen = [cache.seen for _, cache in caches if cache.seen is not None]
-    if len(seen) != len(complete.calls):
+def _suffix(seen: Observation, batch: Batch) -> _Suffix:
+    if len(seen.attended) != len(seen.calls):
         raise TypeError("its attention does not use the cache it is given")
-    hidden = complete.hidden
+    hidden = seen.hidden
     rows, width = hidden.shape[:2]
     offset = batch.subject.to(hidden.device)  # (b,)
     lengths = batch.attention_mask.sum(1).to(hidden.device)
@@ -301,10 +227,10 @@ def _suffix(complete: _UpperBlocks, batch: Batch, caches: list[tuple[str, _Atten
     cutter = partial(_cut_argument, rows=rows, width=width, at=at, front=front, offset=offset)
     calls = tuple(
         replace(call, arguments={key: cutter(key, value) for key, value in _masked(call.arguments).items()})
-        for call in complete.calls
+        for call in seen.calls
     )
-    kept = tuple((key[:, :, :front], value[:, :, :front]) for key, value in seen)
-    return _Suffix(_gathered(hidden, at), offset, calls, caches[0][0], kept)
+    kept = tuple((key[:, :, :front], value[:, :, :front]) for key, value in seen.attended)
+    return _Suffix(_gathered(hidden, at), offset, calls, seen.cache_name, kept)
 
 
 def _packed(suffix: _Suffix, lengths: torch.Tensor) -> _PackedSuffix:
@@ -362,21 +288,7 @@ def _agrees(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
     _, state = tail(tail.hidden)
     at = tail.offset.to(state.device)[:, None] + torch.arange(state.shape[1], device=state.device)  # (b, S)
     real = at < batch.attention_mask.sum(1, keepdim=True).to(at.device)
-    expected, got = _gathered(reference, at.clamp(max=reference.shape[1] - 1))[real], state[real]
-    allowance = TOLERANCE.get(expected.dtype, 5e-2) * float(expected.abs().max())
-    return bool(torch.allclose(got, expected, rtol=0, atol=allowance))
-
-
-def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, the hidden states first."""
-    bound = inspect.signature(block.forward).bind(*args, **kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            raise TypeError("arguments without names")
-        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return named
+    return alike(state, _gathered(reference, at.clamp(max=reference.shape[1] - 1)), real)
 
 
 def _rows_of(value: Any, rows: torch.Tensor, count: int) -> Any:

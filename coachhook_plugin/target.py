@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from .architectures import ModelParts
 from .hparams import CoachHooKHparams
-from .tail import Comparison, Tail, cut
+from .observation import Comparison
+from .tail import Tail, cut
 from .tokens import Batch, Encoder, Request, Row, micro_batches
 
 

@@ -48,6 +48,10 @@ class Batch:
     attention_mask: torch.Tensor  # (b, T)
     subject: torch.Tensor  # (b,) index of the subject's last token
 
+    def rows(self, which: torch.Tensor | slice) -> Batch:
+        """Some of the rows, as wide as before."""
+        return Batch(self.input_ids[which], self.attention_mask[which], self.subject[which])
+
     def model_inputs(self) -> dict[str, Any]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
 

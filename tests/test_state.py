@@ -96,7 +96,7 @@ def test_history_is_bounded_and_what_it_keeps_is_exact(limit: int) -> None:
     states, history = [beginning()], History(beginning())
     for number, step in enumerate(steps(12), 1):
         states.append(states[-1].after(step))
-        history = history.followed(step, limit)
+        history = history.followed(step, limit, lambda now=states[-1]: now)
         assert limit / 2 <= len(history.steps) <= limit or len(history.steps) == number
         assert history.base.step + len(history.steps) == number
         for earlier in range(history.base.step, number + 1):

@@ -152,7 +152,7 @@ def _read(folder: Path, manifest: Manifest) -> Contents:
     constants: Tensors = {}
     inside = 0
     if "memory" in manifest.files and (trailing or (folder / manifest.files["memory"].name).exists()):
-        base, held, constants = _kept(_content(folder, manifest, "memory"), layers, manifest.step)
+        base, held, constants = _kept(_content(folder, manifest, "memory"), hparams, manifest.step)
         folded = () if base.step == 0 else None if answers is None else answers[: base.step]
         history, inside = History(base, held, folded), len(held)
         at_files = history.at(manifest.step)
@@ -250,14 +250,20 @@ def _going_on(history: History, constants: Tensors) -> Tensors:
     return told
 
 
-def _kept(data: bytes, layers: list[int], step: int) -> tuple[Snapshot, tuple[Step, ...], Tensors]:
+def _kept(data: bytes, hparams: CoachHooKHparams, step: int) -> tuple[Snapshot, tuple[Step, ...], Tensors]:
     """Where the history begins, the steps that lead from there to `step`, and the scope's constants."""
     tensors = read_tensors(data)
     held: list[Step] = []
     while (packed := tensors.get(f"steps.{len(held)}")) is not None:
         held.append(steps.unpack(packed.numpy().tobytes())[0])
     base = Snapshot(
-        {i: LayerState(tensors[f"layers.{i}.delta"], KeyMemory(tensors[f"layers.{i}.memory"])) for i in layers},
+        {
+            i: LayerState(
+                tensors[f"layers.{i}.delta"],
+                KeyMemory(tensors.pop(f"layers.{i}.memory")).resting(hparams.memory_device),
+            )
+            for i in hparams.edited_layers
+        },
         _under("scope.", tensors),
         tuple(Edit.from_dict(line) for line in json.loads(tensors["ledger"].numpy().tobytes())),
         step - len(held),

@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma separated; default: %(default)s")
     parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=2, help="of what is compared with the toolkit; default: 2")
+    parser.add_argument(
+        "--text", type=Path, help="file whose lines are the documents of one more run of the statistics"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--worker", nargs=2, metavar=("JOB", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--arguments", default="{}", help=argparse.SUPPRESS)
@@ -86,10 +89,16 @@ class Bench:
         }
 
     def statistics(self, repeats: int) -> dict[str, Any]:
-        """Key statistics of all edited layers beside the toolkit's."""
-        runs = [self.job("key_statistics", tokens=15360) for _ in range(repeats)]
-        ratio = _median([run["toolkit"] for run in runs]) / _median([run["ours"] for run in runs])
-        return {"statistics_speedup_vs_toolkit": ratio, "raw_statistics": runs}
+        """Key statistics of all edited layers beside the toolkit's, which pads its documents.
+
+        These are as long as the rows of WikiText-2; and, the best case for it, of equal length.
+        """
+        found: dict[str, Any] = {"raw_statistics": {}}
+        for name, even in (("statistics_speedup_vs_toolkit", False), ("statistics_speedup_without_padding", True)):
+            runs = [self.job("key_statistics", tokens=15360, even=even) for _ in range(repeats)]
+            found[name] = _median([run["toolkit"] for run in runs]) / _median([run["ours"] for run in runs])
+            found["raw_statistics"][name] = runs
+        return found
 
     def inference(self) -> dict[str, Any]:
         """What the hook layers cost a forward pass and a cached decoding step."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,16 @@ from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
 
 from ..data import load_facts
+from ..methods import toolkit_statistics
 from ..protocol import peak_megabytes
 
 # Neither stop test fires: every request takes all its steps.
 ALL_STEPS = {"v_loss_threshold": 0.0, "v_nll_threshold": 0.0}
+
+# Tokens of the rows of WikiText-2's validation part that are not empty, at 25 evenly spaced quantiles.
+ROW_LENGTHS = (
+    6, 7, 7, 8, 10, 11, 14, 18, 32, 50, 67, 82, 96, 109, 122, 135, 148, 159, 172, 189, 209, 229, 250, 279, 351,
+)  # fmt: skip
 
 Job = Callable[..., dict[str, Any]]
 
@@ -82,10 +90,13 @@ def consecutive(model_name: str, batches: int, size: int) -> dict[str, Any]:
     return {"seconds": [session.edit(_requests(size)).seconds for _ in range(batches)]}
 
 
-def key_statistics(model_name: str, tokens: int) -> dict[str, Any]:
-    """Seconds for the key statistics of all edited layers over equal tokens, ours and the toolkit's."""
-    from ..methods import toolkit_statistics
+def key_statistics(model_name: str, tokens: int, even: bool = False) -> dict[str, Any]:
+    """Seconds for the key statistics of all edited layers over equal tokens, ours and the toolkit's.
 
+    Args:
+        even: give the toolkit documents of equal length, the best case for a pass that pads them, instead of documents
+            as long as the rows of WikiText-2.
+    """
     session = _session(model_name)
     hparams, model, tokenizer = session.hparams, session.model, session.tokenizer
     parts = model_parts(model, hparams)
@@ -94,13 +105,24 @@ def key_statistics(model_name: str, tokens: int) -> dict[str, Any]:
         model, tokenizer, dataclasses.replace(hparams, mom2_key_multiple=tokens / size), size, session.device
     )
     rows = torch.cat([source.batch(i) for i in range(source.batches)])
+    documents = list(rows) if even else _cut(rows.flatten(), ROW_LENGTHS)
     with frozen(model):
         started = time.perf_counter()
         found = collected_sums(model, parts.projections, source, progress=False)
         ours = time.perf_counter() - started
-        texts = [tokenizer.decode(row) for row in rows]
+        texts = [tokenizer.decode(document) for document in documents]
         theirs, count = toolkit_statistics(model, tokenizer, parts, hparams, texts)
     return {"ours": ours, "toolkit": theirs, "tokens": next(iter(found.values())).count, "toolkit_tokens": count}
+
+
+def _cut(ids: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Token ids (T,) as documents of these lengths, over and over, in a random order."""
+    order = random.Random(0)
+    drawn: list[int] = []
+    while sum(drawn) < len(ids):
+        drawn += order.sample(lengths, len(lengths))
+    ends = [end for end in itertools.accumulate(drawn) if end < len(ids)]
+    return list(torch.tensor_split(ids, ends))
 
 
 def inference(model_name: str, repeats: int) -> dict[str, Any]:

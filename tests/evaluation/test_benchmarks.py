@@ -54,9 +54,10 @@ def test_operations_are_counted(model: str) -> None:
     assert many > 4 * few
 
 
-def test_both_statistics_count_the_same_text(model: str) -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_both_statistics_count_the_same_text(model: str, even: bool) -> None:
     pytest.importorskip("easyeditor")
-    told = key_statistics(model, tokens=256)
+    told = key_statistics(model, tokens=256, even=even)
     assert told["ours"] > 0
     assert told["toolkit"] > 0
     assert told["toolkit_tokens"] == pytest.approx(told["tokens"], rel=0.1)

@@ -1,0 +1,205 @@
+"""One pass of the model over a batch of facts: what the edited block answered, and how the blocks above were called.
+
+Where the model's answer comes out the same, the pass runs the batch's token tree instead of its padded rows. Whether
+it does is tried and compared once; what is told is of rows either way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packing import attention_of, configs_of
+from .tokens import Batch
+from .trace import captured, hidden_of
+from .tree import TokenTree
+
+LOG = logging.getLogger(__name__)
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, for each token; 16 bits: 5e-2
+COMPARED = 16  # rows of a batch that a tree is compared on
+SHORT = 64  # tokens that every family attends to from, unless its configuration names a shorter window
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called one block."""
+
+    block: nn.Module
+    arguments: dict[str, Any]  # by name, without the hidden states
+    hidden_name: str
+    is_loss_layer: bool
+
+    def run(self, state: torch.Tensor, **changed: Any) -> torch.Tensor:
+        return hidden_of(self.block(**{**self.arguments, self.hidden_name: state, **changed}))
+
+
+class Attended:
+    """Stands in for the library's cache: remembers keys and values, and puts kept ones in front of new ones."""
+
+    def __init__(self, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        self.kept = kept  # (b, heads, P, head size) each
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen = key, value
+        if self.kept is None:
+            return key, value
+        return torch.cat([self.kept[0], key], dim=2), torch.cat([self.kept[1], value], dim=2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0 if self.kept is None else int(self.kept[0].shape[2])
+
+
+@dataclass
+class Comparison:
+    """What has been found to agree with the model's own way; kept between batches."""
+
+    trees: bool | None = None  # whether a pass may run a token tree; None: not tried yet
+    tree_seen: tuple[int, str] = (0, "")  # tokens of the longest row, and attention, that were compared
+    tail: type | None = None  # which way of running the upper blocks
+    tail_seen: tuple[int, str] = (0, "")
+
+    @staticmethod
+    def holds(seen: tuple[int, str], blocks: Sequence[nn.Module], batch: Batch) -> bool:
+        """Whether what was `seen` tells of this batch, too.
+
+        Longer rows may reach past an attention window, and the user may choose another attention between batches.
+        """
+        width, attention = seen
+        return batch.input_ids.shape[1] <= max(width, min(SHORT, _window(blocks))) and attention == attention_of(
+            blocks
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen, of rows (b, T)."""
+
+    hidden: torch.Tensor  # (b, T, d) answer of the edited block
+    last: torch.Tensor  # (b, T, d) of the last block
+    calls: tuple[Call, ...]  # of the blocks above the edited one
+    cache_name: str  # under which they take a cache; empty where they take none of ours
+    attended: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (b, heads, T, head size): keys and values of each
+
+    def of_rows(self, tree: TokenTree) -> Observation:
+        """The same of rows, where a tree was run."""
+        return Observation(
+            tree.rows(self.hidden),
+            tree.rows(self.last),
+            tuple(
+                replace(call, arguments={name: tree.row_argument(value) for name, value in call.arguments.items()})
+                for call in self.calls
+            ),
+            self.cache_name,
+            tuple(
+                tuple(tree.rows(state.transpose(1, 2)).transpose(1, 2) for state in pair)  # type: ignore[misc]
+                for pair in self.attended
+            ),
+        )
+
+
+def observe(
+    model: nn.Module, blocks: Sequence[nn.Module], edited: int, loss: int, batch: Batch, comparison: Comparison
+) -> Observation:
+    """Run `model` on the rows of `batch` once.
+
+    Args:
+        edited: the last edited block.
+        loss: block the loss is read from, at or above it.
+    """
+    look = partial(_observed, model, blocks, edited, loss)
+    if comparison.trees is False:
+        return look(batch.model_inputs())
+    try:
+        tree = TokenTree.of(batch)
+        shared = look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
+    except Exception as error:
+        LOG.debug("the model runs no token trees: %s", error)
+        comparison.trees = False
+        return look(batch.model_inputs())
+    if comparison.trees and comparison.holds(comparison.tree_seen, blocks, batch):
+        return shared
+    few = batch.rows(slice(COMPARED))
+    plain = look(few.model_inputs())
+    comparison.trees = alike(shared.last[:COMPARED, : plain.last.shape[1]], plain.last, few.attention_mask.bool())
+    comparison.tree_seen = batch.input_ids.shape[1], attention_of(blocks)
+    return shared if comparison.trees else look(batch.model_inputs())
+
+
+def alike(got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> bool:
+    """Whether states (b, T, d) are the same up to rounding at the `real` (b, T) tokens, each by itself.
+
+    The largest entry would be no measure for all: some models answer first tokens with values a thousandfold.
+    """
+    real = real.to(expected.device)
+    got, expected = got[real].float(), expected[real]
+    tolerance = TOLERANCE.get(expected.dtype, 5e-2)
+    return bool(((got - expected).norm(dim=-1) <= tolerance * expected.float().norm(dim=-1)).all())
+
+
+def _observed(
+    model: nn.Module, blocks: Sequence[nn.Module], edited: int, loss: int, inputs: dict[str, Any]
+) -> Observation:
+    calls: list[Call] = []
+    caches: list[tuple[str, Attended]] = []
+
+    def remember(layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = _by_name(block, args, kwargs)
+        hidden_name = next(iter(named))
+        hidden = named.pop(hidden_name)
+        cache_name = next((name for name in CACHE_ARGUMENTS if name in named), None)
+        calls.append(Call(block, dict(named), hidden_name, layer == loss))
+        if not record or cache_name is None:
+            return None
+        caches.append((cache_name, Attended()))
+        return (hidden,), {**named, cache_name: caches[-1][1]}
+
+    upper = list(enumerate(blocks))[edited + 1 :]
+    for record in (True, False):
+        calls.clear()
+        handles = [b.register_forward_pre_hook(partial(remember, i), with_kwargs=True) for i, b in upper]
+        try:
+            with captured(blocks[edited]) as at_cut, captured(blocks[-1], stop=True) as at_last:
+                model(**inputs)
+            break
+        except Exception as error:
+            if not record:
+                raise
+            LOG.debug("blocks take no cache of ours: %s", error)
+            caches.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+    attended = tuple(cache.seen for _, cache in caches if cache.seen is not None)
+    return Observation(at_cut.output, at_last.output, tuple(calls), caches[0][0] if caches else "", attended)
+
+
+def _window(blocks: Sequence[nn.Module]) -> float:
+    """The shortest attention window that the blocks' configuration names."""
+    named = (vars(config) for config in configs_of(blocks))
+    sizes = [
+        v for of in named for k, v in of.items() if ("window" in k or "chunk" in k) and isinstance(v, int) and v > 1
+    ]
+    return min(sizes, default=math.inf)
+
+
+def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, the hidden states first."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TypeError("arguments without names")
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
