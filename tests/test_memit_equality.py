@@ -92,7 +92,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Ten
     """CoachHooK's side: a folder with what the toolkit shall share, the changes of the weights, the target values."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import coachhook_plugin.session as session_module
+    import coachhook_plugin.batch_writing as session_module
     from coachhook_plugin import CoachHooKHparams, EditSession
     from coachhook_plugin.architectures import model_parts
     from coachhook_plugin.smollm2 import smollm2_path
