@@ -86,9 +86,9 @@ def keep_in(session: EditSession, folder: str | Path) -> None:
 
 def record_of(session: EditSession) -> Record:
     """What a folder shall tell of a session."""
-    scope = session._scope
+    state, scope = session.state, session._scope  # in this order: the first state brings the scope
     return Record(
-        state=session.state,
+        state=state,
         hparams=session.hparams,
         prefixes=session._prefixes,
         base_model=name_of(session.model),

@@ -22,8 +22,8 @@ from plain import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import coachhook_plugin.memory
 import coachhook_plugin.batch_writing
+import coachhook_plugin.memory
 from coachhook_plugin import EditSession
 from coachhook_plugin.in_place import InPlaceLayer
 
