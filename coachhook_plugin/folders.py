@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .session import EditSession
 
 
+@torch.inference_mode(False)  # whatever the caller is in: the model may be trained later
 def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, progress: bool = True) -> EditSession:
     """Put the edits of a folder on a model, which then answers bit for bit as the model they were saved from.
 
@@ -33,6 +34,7 @@ def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, prog
     return _session_of(store.read(Path(folder)), model, tokenizer, progress)
 
 
+@torch.inference_mode(False)
 def resume(folder: str | Path, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:
     """See `EditSession.resume`."""
     if not store.holds_edits(Path(folder)):
@@ -118,7 +120,6 @@ def _session_of(contents: Contents, model: nn.Module, tokenizer: Any, progress: 
     return session
 
 
-@torch.inference_mode(False)
 def _begin_with(session: EditSession, contents: Contents) -> None:
     told, state = contents.manifest, contents.snapshot
     if told.fingerprint != _fingerprint(session):

@@ -57,8 +57,8 @@ class EditResult:
     scope: ScopeState  # after the batch
     in_scope: list[bool]  # whether the plain prompt's subject opens the scope; where not, it keeps its old answer
     seconds: float
-    ids: list[str]  # in the ledger
-    superseded: list[str]  # ids of earlier edits of the same subject and prompt
+    ids: list[str]  # in the ledger, of the facts now in force
+    superseded: list[str]  # ids of edits of the same subject and prompt, earlier ones or (a fact twice) of this batch
 
 
 class EditSession:

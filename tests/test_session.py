@@ -32,7 +32,7 @@ import coachhook_plugin.memory
 import coachhook_plugin.scope.leverage
 import coachhook_plugin.scope.zscore
 import coachhook_plugin.session
-from coachhook_plugin import EditSession
+from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.activations import subject_values
 from coachhook_plugin.hook import HookLayer, Mode
 from coachhook_plugin.scope import LeverageScope, ZScoreScope
@@ -717,9 +717,9 @@ def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, ca
     assert [len(logits[0]) for logits in others] == [ids.shape[1], 5]
 
 
-@pytest.mark.parametrize("calls", ["restore", "state"])
+@pytest.mark.parametrize("calls", ["restore", "state", "load"])
 def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
-    start: Start, facts: Facts, calls: str
+    start: Start, tiny: Any, facts: Facts, calls: str, tmp_path: Any
 ) -> None:
     session = start(**EASY)
     with torch.inference_mode():
@@ -730,6 +730,11 @@ def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
         session.restore(empty)
         with torch.inference_mode():
             session.restore(state)
+    if calls == "load":
+        session.save(tmp_path)
+        model = tiny()
+        with torch.inference_mode():
+            session = load_edits(model, tmp_path, session.tokenizer)
     ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
     session.model(input_ids=ids, labels=ids).loss.backward()
     assert any(p.grad is not None for p in session.model.parameters())

@@ -22,7 +22,7 @@ from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
 from ..session import EditSession
 from ..shipped import shipped_hparams
-from ..store import Contents, FolderError, holds_edits, read
+from ..store import Contents, FolderError, holds_edits, hparams_of, read
 from ..store.manifest import Manifest
 from .facts import ByLine, FactsError, batches, check_facts, edit_facts, read_facts
 
@@ -280,11 +280,10 @@ def _session_to_edit(options: argparse.Namespace) -> Iterator[EditSession]:
 
 def _agreed_dtype(options: argparse.Namespace, hparams: CoachHooKHparams | None) -> str:
     """That of the edits in `--out`, unless they were made otherwise than --dtype and --hparams say."""
-    contents = read(options.out)
-    dtype = contents.manifest.dtype
-    others = []
+    manifest = Manifest.read(options.out)
+    dtype, others = manifest.dtype, []
     if options.hparams and hparams is not None:
-        others = differing(contents.hparams, hparams, FREE | PLACES)
+        others = differing(hparams_of(options.out, manifest), hparams, FREE | PLACES)
     if options.dtype not in (None, dtype):
         others.append(f"dtype: {dtype} in force, {options.dtype} given")
     if others:

@@ -133,7 +133,7 @@ def read(folder: Path) -> Contents:
 
 
 def _read(folder: Path, manifest: Manifest) -> Contents:
-    hparams = _hparams(folder, manifest)
+    hparams = hparams_of(folder, manifest)
     layers = hparams.edited_layers
     tensors = read_tensors(_content(folder, manifest, "hook_layers"))
     lines = _content(folder, manifest, "ledger").decode().splitlines()
@@ -168,7 +168,12 @@ def _read(folder: Path, manifest: Manifest) -> Contents:
     return Contents(manifest, hparams, snapshot, None if trailing else gates, history, constants, inside, trailing)
 
 
-def _hparams(folder: Path, manifest: Manifest) -> CoachHooKHparams:
+def hparams_of(folder: Path, manifest: Manifest) -> CoachHooKHparams:
+    """The hyperparameters that the edits of a folder were made with.
+
+    Raises:
+        FolderError: a newer release has added to them.
+    """
     if new := set(manifest.hparams) - {f.name for f in fields(CoachHooKHparams)}:
         raise FolderError(
             f"{folder}: has hyperparameters that this release lacks ({', '.join(sorted(new))}); {manifests.UPDATE}"

@@ -174,7 +174,8 @@ def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSe
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)
     if session is not None:
-        others = differing(session.hparams, hparams)
+        # Without a session_dir of their own, batches go where the session's go.
+        others = differing(session.hparams, dataclasses.replace(hparams, session_dir=_folder(session, hparams)))
         if not others:
             return session
         if len(session):
@@ -208,6 +209,10 @@ def _agreed(session: EditSession, hparams: CoachHooKHparams, folder: str) -> Edi
         )
     session.hparams = hparams
     return session
+
+
+def _folder(session: EditSession, hparams: CoachHooKHparams) -> str | None:
+    return hparams.session_dir or session.hparams.session_dir
 
 
 def _lives(session: EditSession) -> bool:
