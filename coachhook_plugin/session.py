@@ -36,7 +36,7 @@ from .ledger import Ledger, lines_of_batch, to_forget
 from .sampling import context_prefixes
 from .scope import Scope, ScopeState
 from .state import Factors, History, LayerState, SessionState, Snapshot, Step, changes
-from .store import FolderError, Journal, Record
+from .store import FolderError, Journal
 from .tail import Comparison
 from .tokens import Encoder, Places, Request, parse_requests
 from .trace import frozen
@@ -372,14 +372,14 @@ class EditSession:
         """Let the model and the session's folder tell of `state`."""
         self._set(state)
         if self._journal is not None:
-            self._journal.sync(state, self._record)
+            self._journal.sync(state, lambda: folders.record_of(self))
 
     def _back(self, state: SessionState) -> None:
         """The same after a failure, whose cause shall reach the caller."""
         self._set(state)
         if self._journal is not None:
             with suppress(FolderError):
-                self._journal.undo(state, self._record)
+                self._journal.undo(state, lambda: folders.record_of(self))
 
     def _set(self, state: SessionState) -> None:
         self._state = state
@@ -408,9 +408,6 @@ class EditSession:
         layers = {layer: of.on(devices[layer]) for layer, of in snapshot.layers.items()}
         scope = self._scope.unpack(snapshot.scope) if self._scope is not None and snapshot.scope else None
         return SessionState(layers, scope, snapshot.ledger, snapshot.step, history)
-
-    def _record(self) -> Record:
-        return folders.record_of(self)
 
     @torch.inference_mode(False)
     def _initial_state(self) -> SessionState:
