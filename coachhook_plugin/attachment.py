@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from .architectures import weight_shape
 from .hook import HookLayer, Mode
 from .in_place import InPlaceLayer
 from .scope import Scope, ScopeState
+from .state import LayerState, SessionState
+
+
+class _Bodies:
+    """How many bodies of `disabled` are being run; a copy of the model is in none of them."""
+
+    open = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class Attachment:
@@ -26,6 +38,7 @@ class Attachment:
         self._written: dict[int, InPlaceLayer] = {}
         self._projections = projections
         self._scope: Scope | None = None
+        self._bodies = _Bodies()
 
     def attach(self, scope: Scope | None) -> None:
         """Hang hook layers as they are before any edit, where there are none; without a scope write in place."""
@@ -40,6 +53,31 @@ class Attachment:
             self.hooks[layer] = HookLayer(projection, scope.gate(layer))
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what was compiled before does not look for new hooks
+
+    def carry(self, state: SessionState, scope: Scope | None) -> None:
+        """Let the model answer with a session's state; without edits in force nothing stays attached."""
+        if not state.edits:
+            self.release()
+            return
+        with self.answering():
+            self.attach(scope)
+            for layer in self._projections:
+                self.show(layer, state.layers[layer].delta)
+            if state.scope is not None:
+                self.show_scope(state.scope)
+            self.set_mode(Mode.VALIDATED)
+
+    def fits(self, layers: Mapping[int, LayerState]) -> bool:
+        """Whether these are changes of just these layers, (d, m) each."""
+        shapes = {layer: weight_shape(projection) for layer, projection in self._projections.items()}
+        return {layer: tuple(of.delta.shape) for layer, of in layers.items()} == shapes
+
+    def shows(self, layers: Mapping[int, LayerState]) -> bool:
+        """Whether the hook layers have these changes, and not others that somebody else put there."""
+        return all(
+            hook.delta is layers[layer].delta or torch.equal(hook.delta.cpu(), layers[layer].delta.cpu())
+            for layer, hook in self.hooks.items()
+        )
 
     def release(self) -> None:
         """Leave the model as it was found."""
@@ -71,21 +109,35 @@ class Attachment:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model inside the `with` body; afterwards what was there before."""
-        modes = {layer: hook.mode for layer, hook in self.hooks.items()}
-        shown = [layer for layer, written in self._written.items() if not written.hidden]
-        self.set_mode(Mode.OFF)
-        for layer in shown:
-            self._written[layer].hide()
+        """The base model inside the `with` body, whatever is attached or released there; afterwards the edits."""
+        self._bodies.open += 1
+        self._settle()
         try:
             yield
         finally:
-            for layer, mode in modes.items():
-                if layer in self.hooks:
-                    self.hooks[layer].mode = mode
-            for layer in shown:
-                if layer in self._written:
-                    self._written[layer].show()
+            self._bodies.open -= 1
+            self._settle()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """The edits inside the `with` body, also within one of `disabled`: they are written, or looked at."""
+        around, self._bodies.open = self._bodies.open, 0
+        self._settle()
+        try:
+            yield
+        finally:
+            self._bodies.open = around
+            self._settle()
+
+    def _settle(self) -> None:
+        silent = self._bodies.open > 0
+        for hook in self.hooks.values():
+            hook.silent = silent
+        for written in self._written.values():
+            if silent and not written.hidden:
+                written.hide()
+            elif written.hidden and not silent:
+                written.show()
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held beside the model's own weights."""

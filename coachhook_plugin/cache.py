@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -14,23 +15,42 @@ def cache_dir() -> Path:
     return Path(os.environ.get("COACHHOOK_CACHE") or Path.home() / ".cache" / "coachhook").expanduser()
 
 
-def neighbour(path: Path) -> Path:
-    """An empty temporary file beside `path`, for whoever a new file is for (`tempfile` makes them private)."""
-    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    made.touch(exist_ok=False)
-    return made
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a new file, also where its folder is not there yet; see `write_durably`."""
 
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write to a temporary neighbour, flush it to the disk, then rename: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = neighbour(path)
-    try:
+    def fill(made: Path) -> None:
         with made.open("wb") as stream:
             write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, fill)
+
+
+def write_durably(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a temporary neighbour, bring it to the disk, rename it, and bring the name to the disk.
+
+    Readers see the old file or the new one, also after a power cut.
+    """
+    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    made.touch(exist_ok=False)  # for whoever a new file is for: `tempfile` and safetensors make private ones
+    try:
+        mode = made.stat().st_mode
+        fill(made)
+        made.chmod(mode)
+        _sync(made)
         os.replace(made, path)
+        _sync(path.parent)
     except BaseException:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

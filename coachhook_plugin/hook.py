@@ -41,6 +41,7 @@ class HookLayer(PreciseBuffers):
         self.register_buffer("delta", torch.zeros(weight_shape(projection), dtype=torch.float32, device=weight.device))
         self.gate = gate.to(weight.device)
         self.mode = Mode.OFF
+        self.silent = False  # the base model, whatever the mode is
         self.train(projection.training)
         self._handle = projection.register_forward_hook(self._answer)
         projection.add_module(CHILD, self)
@@ -59,7 +60,7 @@ class HookLayer(PreciseBuffers):
 
     def _answer(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
         key = inputs[0]  # (..., m)
-        if self.mode is Mode.OFF:
+        if self.silent or self.mode is Mode.OFF:
             return None
         if self.mode is Mode.TEMPORARY:
             return output + self._change(key)

@@ -192,6 +192,38 @@ class CoachHooKHparams:
 
 CoachHooKHyperParams = CoachHooKHparams  # the toolkit's spelling
 
+# Hyperparameters that may differ between two edits of one session: they say how to load, batch and score.
+FREE = frozenset(
+    {
+        "model_name",
+        "device",
+        "model_parallel",
+        "fp16",
+        "batch_size",
+        "max_length",
+        "evaluation_type",
+        "api_key",
+        "target_tokens",
+        "history_steps",
+        "save_path",
+        "load_path",
+    }
+)
+PLACES = frozenset({"stats_dir", "session_dir", "save_path", "load_path"})  # a folder of edits holds what was there
+
+
+def differing(in_force: CoachHooKHparams, given: CoachHooKHparams, free: frozenset[str] = FREE) -> list[str]:
+    """What keeps edits from going on under other hyperparameters than those they were made with.
+
+    Args:
+        free: what may differ; for edits that come from a folder `FREE | PLACES`.
+    """
+    return [
+        f"{f.name}: {getattr(in_force, f.name)!r} in force, {getattr(given, f.name)!r} given"
+        for f in dataclasses.fields(given)
+        if f.name not in free and getattr(in_force, f.name) != getattr(given, f.name)
+    ]
+
 
 def _find(name_or_path: str) -> Path:
     for candidate in (Path(name_or_path), Path(name_or_path + ".yaml")):

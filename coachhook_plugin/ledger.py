@@ -53,15 +53,20 @@ def lines_of_batch(
     threshold: float | None,
     in_scope: Sequence[bool],
 ) -> Ledger:
-    """The lines that a batch changes, earlier edits of the same subject and prompt, and then those that it adds."""
+    """The lines that a batch changes, earlier edits of the same subject and prompt, and then those that it adds.
+
+    Where the batch itself holds a fact more than once, the last line supersedes the others.
+    """
     ids = {(request.subject, request.prompt): f"{step}-{i}" for i, request in enumerate(requests, 1)}
     superseded = [
         replace(edit, status="superseded", by=ids[edit.subject, edit.prompt])
         for edit in ledger
         if edit.in_force and (edit.subject, edit.prompt) in ids
     ]
-    added = [
-        Edit(
+    added = []
+    for i, request in enumerate(requests, 1):
+        last = ids[request.subject, request.prompt]
+        line = Edit(
             id=f"{step}-{i}",
             step=step,
             time=time,
@@ -72,8 +77,7 @@ def lines_of_batch(
             threshold=threshold,
             in_scope=in_scope[i - 1],
         )
-        for i, request in enumerate(requests, 1)
-    ]
+        added.append(line if line.id == last else replace(line, status="superseded", by=last))
     return (*superseded, *added)
 
 
@@ -86,8 +90,6 @@ def with_lines(ledger: Ledger, lines: Ledger) -> Ledger:
 
 def to_forget(ledger: Ledger, ids: Iterable[str]) -> list[Edit]:
     """The edits that must go for the facts `ids` to be as before: those themselves, and what they superseded.
-
-    A fact that a batch held more than once goes as a whole.
 
     Raises:
         KeyError: an id that the ledger lacks.
@@ -105,14 +107,10 @@ def to_forget(ledger: Ledger, ids: Iterable[str]) -> list[Edit]:
             raise ValueError(f"edit_ids: edit {i!r} is {known[i].status} (by {known[i].by}); {remedy}")
     gone, seen = [known[i] for i in wanted], set(wanted)
     for edit in gone:  # grows while it is walked through
-        more = [line for line in ledger if line.id not in seen and (_twins(line, edit) or _superseded(line, edit))]
+        more = [line for line in ledger if line.id not in seen and _superseded(line, edit)]
         gone += more
         seen |= {line.id for line in more}
     return gone
-
-
-def _twins(one: Edit, other: Edit) -> bool:
-    return one.in_force and (one.step, one.subject, one.prompt) == (other.step, other.subject, other.prompt)
 
 
 def _superseded(one: Edit, by: Edit) -> bool:

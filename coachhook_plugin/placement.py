@@ -7,11 +7,13 @@ layer is written, so it need not lie beside the weights.
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from typing import Literal, get_args
 
 import torch
 
-from .cache import cache_dir, neighbour
+from .cache import cache_dir
 
 # With the weights, in main memory, or in a file that is mapped into memory and gone with the process.
 Place = Literal["weights", "cpu", "disk"]
@@ -38,13 +40,14 @@ def room_for(matrix: torch.Tensor, place: Place) -> torch.Tensor:
     folder, size = cache_dir() / "memory", matrix.numel() * matrix.element_size()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = neighbour(folder / "matrix")
+        file, path = tempfile.mkstemp(dir=folder)
         try:
-            with path.open("r+b") as stream:
+            with os.fdopen(file, "wb") as stream:
                 _reserve(stream.fileno(), size)
-            mapped = torch.from_file(str(path), shared=True, size=matrix.numel(), dtype=matrix.dtype)
+            mapped = torch.from_file(path, shared=True, size=matrix.numel(), dtype=matrix.dtype)
         finally:
-            path.unlink(missing_ok=True)  # the mapping keeps the room until the tensor is gone
+            with suppress(PermissionError):  # Windows keeps what is mapped
+                os.unlink(path)  # the mapping keeps the room until the tensor is gone
     except OSError as error:
         raise ValueError(
             f"memory_device: no room for {size:,} bytes in {folder} ({error.strerror}); make some, choose another "

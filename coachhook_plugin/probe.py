@@ -13,7 +13,7 @@ from torch import nn
 from .architectures import ModelParts
 from .hook import HookLayer
 from .scope import ZScoreGate
-from .tokens import Encoder, Request, Row, micro_batches
+from .tokens import Encoder, Places, Request, Row, micro_batches, place
 from .trace import captured, frozen
 
 LOG = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ def in_scope(
     encoder: Encoder,
     requests: Sequence[Request],
     budget: int,
-    first: int,
+    first: Places,
 ) -> list[bool]:
     """Whether the subject of each plain prompt is in scope; where it is not, the user is told.
 
     Args:
-        first: place of the requests in a longer list, from which messages count.
+        first: what messages call the requests, see `tokens.place`.
     """
     rows = [[encoder.prompt("", request)] for request in requests]
     found: list[bool] = []
@@ -45,9 +45,9 @@ def in_scope(
         batch = encoder.batch([row for i in chunk for row in rows[i]], next(model.parameters()).device)
         of_batch = _margins(model, parts, hooks, batch.model_inputs(), batch.input_ids.shape)  # (b, T)
         found += (of_batch.gather(1, batch.subject[:, None].cpu())[:, 0] >= 1).tolist()
-    for i, (request, (row,), inside) in enumerate(zip(requests, rows, found, strict=True), first):
+    for i, (request, (row,), inside) in enumerate(zip(requests, rows, found, strict=True)):
         if not inside:
-            _tell(i, request, row, any(isinstance(hook.gate, ZScoreGate) for hook in hooks.values()))
+            _tell(place(first, i), request, row, any(isinstance(hook.gate, ZScoreGate) for hook in hooks.values()))
     return found
 
 
@@ -78,7 +78,7 @@ def _margins(
     return found
 
 
-def _tell(place: int, request: Request, row: Row, zscore: bool) -> None:
+def _tell(name: int, request: Request, row: Row, zscore: bool) -> None:
     if zscore:
         why = "it stands out too little from the other tokens; lower alpha, or take scope: leverage"
     elif row.subject == 0:
@@ -87,7 +87,7 @@ def _tell(place: int, request: Request, row: Row, zscore: bool) -> None:
         why = "too much other text looks like it; raise scope_budget, or name the subject more fully"
     LOG.warning(
         "request %d, subject: %r lies outside the editing scope in %r, which therefore keeps its old answer: %s",
-        place,
+        name,
         request.subject,
         request.prompt,
         why,

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -31,22 +32,29 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .cache import cache_dir
 
-__all__ = ["smollm2_path"]
+__all__ = ["public_name", "smollm2_path"]
 
 FORMAT = 1  # of the folder's content: a change of anything written below needs a new number
 MANIFEST = "coachhook.json"  # name and size of every file, written last
 UNFINISHED = ".unfinished-"
 CONTROL = 3  # token type of GGUF: a special token
+NAME = "smollm2-135m"
+FOLDER = re.compile(rf"{NAME}-llama-[0-9a-f]{{12}}-v\d+")
 STALE_SECONDS = 3600.0  # an unfinished folder older than this belongs to no living conversion
 
 
 def smollm2_path() -> str:
     """Folder of SmolLM2-135M-Instruct, converted on first use (a few seconds, 540 MB); its path contains "llama"."""
     source = _gguf_file()
-    folder = cache_dir().resolve() / "models" / f"smollm2-135m-llama-{_fingerprint(source)}-v{FORMAT}"
+    folder = cache_dir().resolve() / "models" / f"{NAME}-llama-{_fingerprint(source)}-v{FORMAT}"
     if not _is_whole(folder):
         _convert(source, folder)
     return str(folder)
+
+
+def public_name(name_or_path: str) -> str:
+    """A model's name on any machine: "smollm2-135m" for the folder above, in whichever cache; others as they are."""
+    return NAME if FOLDER.fullmatch(Path(name_or_path).name) else name_or_path
 
 
 def _gguf_file() -> Path:

@@ -6,6 +6,7 @@ steps from an earlier state therefore gives the bits that the session had, on ev
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -193,6 +194,29 @@ class SessionState:
         """Edits in force."""
         return sum(edit.in_force for edit in self.ledger)
 
+    def followed(
+        self, step: Step, layers: dict[int, LayerState], scope: Any, packed: Tensors, limit: int
+    ) -> SessionState:
+        """The state after `step`, which made these layers and this scope.
+
+        Args:
+            packed: the scope's state as tensors.
+            limit: as in `History.followed`.
+        """
+        ledger, number = with_lines(self.ledger, step.lines), self.step + 1
+
+        def now() -> Snapshot:
+            return Snapshot({i: of.on(torch.device("cpu")) for i, of in layers.items()}, packed, ledger, number)
+
+        assert self.history is not None
+        return SessionState(layers, scope, ledger, number, self.history.followed(step, limit, now))
+
+    def tensors(self) -> list[Any]:
+        """Everything held, beside what is no tensor."""
+        held = [value for of in (self.scope, *self.layers.values()) if of is not None for value in vars(of).values()]
+        held += [layer.memory.matrix for layer in self.layers.values() if layer.memory is not None]
+        return held + ([] if self.history is None else self.history.tensors())
+
 
 def is_smaller(steps: Iterable[Step], than: Snapshot) -> bool:
     """Whether the factors of Delta take less room than Delta."""
@@ -228,11 +252,14 @@ def changed(old: Tensors, told: Tensors) -> Tensors:
 
 def _kept(old: torch.Tensor, new: torch.Tensor) -> list[int]:
     """Indices of the rows of `old` that `new` begins with, bit by bit and in their order."""
-    places = {row.numpy().tobytes(): i for i, row in enumerate(old)}
+    places: dict[bytes, list[int]] = {}  # a fact edited again has the key it had: rows can be equal
+    for i, row in enumerate(old):
+        places.setdefault(row.numpy().tobytes(), []).append(i)
     kept: list[int] = []
     for row in new:
-        place = places.get(row.numpy().tobytes())
-        if place is None or (kept and place <= kept[-1]):
+        equal = places.get(row.numpy().tobytes(), [])
+        after = bisect_right(equal, kept[-1] if kept else -1)
+        if after == len(equal):
             break
-        kept.append(place)
+        kept.append(equal[after])
     return kept

@@ -26,7 +26,7 @@ from .architectures import ModelParts
 from .hparams import CoachHooKHparams
 from .observation import Comparison
 from .tail import Tail, cut
-from .tokens import Batch, Encoder, Request, Row, micro_batches
+from .tokens import Batch, Encoder, Places, Request, Row, micro_batches, place
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def optimise_targets(
     device: torch.device,
     progress: bool = True,
     comparison: Comparison | None = None,
-    first: int = 0,
+    first: Places = 0,
 ) -> Targets:
     """Find the target value of every request. The model's parameters must not require gradients.
 
     Args:
         layer: the block whose output gets the value.
         comparison: see `tail.cut`.
-        first: place of the batch in a longer list, from which messages count.
+        first: what messages call the requests, see `tokens.place`.
 
     Raises:
         ValueError: the objective of a request is not finite.
@@ -100,7 +100,7 @@ def optimise_targets(
     with bar:
         for chunk in chunks:
             problem = _problem(encoder, [rows[i] for i in chunk], device)
-            names = [f"request {first + i} ({requests[i].prompt!r})" for i in chunk]
+            names = [f"request {place(first, i)} ({requests[i].prompt!r})" for i in chunk]
             solved = _solve(model, parts, problem, names, hparams, layer, bar, comparison)
             values.append(solved.values)
             nll += solved.nll

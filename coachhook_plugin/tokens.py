@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# What messages call the requests of a batch: the number of the first, the others counting on from there, or of each.
+Places = int | Sequence[int]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -56,8 +59,13 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
 
 
-def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: int = 0) -> list[Request]:
-    """Check a batch of requests as texts; errors count from `first`, the batch's place in a longer list.
+def place(first: Places, i: int) -> int:
+    """What messages call request `i` of a batch."""
+    return first + i if isinstance(first, int) else first[i]
+
+
+def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: Places = 0) -> list[Request]:
+    """Check a batch of requests as texts; errors count from `first`.
 
     Raises:
         KeyError: a request lacks `prompt`, `subject` or `target_new`.
@@ -65,7 +73,7 @@ def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: int =
     """
     if isinstance(requests, Mapping | str) or not isinstance(requests, Iterable):
         raise ValueError(f"requests is a {type(requests).__name__}; give a list of facts, even for one")
-    parsed = [_parsed(i, request) for i, request in enumerate(requests, first)]
+    parsed = [_parsed(place(first, i), request) for i, request in enumerate(requests)]
     if not parsed:
         raise ValueError("requests is empty; give at least one fact to edit")
     seen: dict[tuple[str, str], int] = {}
@@ -73,8 +81,8 @@ def parse_requests(requests: Iterable[Mapping[str, Any] | Request], first: int =
         earlier = seen.setdefault((request.prompt, request.subject), i)
         if parsed[earlier].target_new != request.target_new:
             raise ValueError(
-                f"request {first + i}, target_new: {request.target_new!r} contradicts "
-                f"{parsed[earlier].target_new!r} of request {first + earlier} for the same prompt; "
+                f"request {place(first, i)}, target_new: {request.target_new!r} contradicts "
+                f"{parsed[earlier].target_new!r} of request {place(first, earlier)} for the same prompt; "
                 "keep one of them, or edit them in separate batches"
             )
     return parsed
@@ -119,18 +127,18 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens  # the model's context length
 
-    def check_lengths(self, requests: Sequence[Request], prefixes: Sequence[str], first: int = 0) -> None:
+    def check_lengths(self, requests: Sequence[Request], prefixes: Sequence[str], first: Places = 0) -> None:
         """Raise a ValueError for the first request that does not fit the model's context with its prefixes."""
-        for i, request in enumerate(requests, first):
+        for i, request in enumerate(requests):
             try:
                 rows = [self.with_target(prefix, request) for prefix in ("", *prefixes)]
             except ValueError as error:
-                raise ValueError(f"request {i}, {error}") from None
+                raise ValueError(f"request {place(first, i)}, {error}") from None
             longest = max(len(row.ids) for row in rows)
             if self.max_tokens is not None and longest > self.max_tokens:
                 raise ValueError(
-                    f"request {i}, prompt: {longest} tokens with target and context, but the model's context "
-                    f"holds {self.max_tokens}; shorten the prompt"
+                    f"request {place(first, i)}, prompt: {longest} tokens with target and context, but the model's "
+                    f"context holds {self.max_tokens}; shorten the prompt"
                 )
 
     def prompt(self, prefix: str, request: Request) -> Row:

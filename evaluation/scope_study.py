@@ -6,8 +6,8 @@ The first `--edits` records of every file are edited in consecutive batches of 1
 with the residual spread over the first and the last layer alone), otherwise with the same settings; everything is
 scored before the first batch and after the last. On the way, after 10, 50, 100, 500 and all edits, the margin (score
 over what is asked; from 1 on a token is answered) is taken at the last token of every edited subject and of every
-rephrased one, at all tokens of the neighbourhood prompts, and at all tokens of the held text. Each run is a process of its own
-and is kept; a run that is already there is not made again.
+rephrased one, at all tokens of the neighbourhood prompts, and at all tokens of the held text. Each run is a process of
+its own and is kept; a run that is already there is not made again.
 
 Writes `summary.json` (by data set and scope), the runs, and `scope.png`.
 """

@@ -41,7 +41,7 @@ def photograph(model: nn.Module) -> dict[str, Any]:
         },
         "attributes": sorted(vars(model)),
         "session": id(EditSession.of(model)),
-        "modes": [(hook.mode, getattr(hook.gate, "observer", None)) for hook in hook_layers(model)],
+        "modes": [(hook.mode, hook.silent, getattr(hook.gate, "observer", None)) for hook in hook_layers(model)],
     }
 
 

@@ -67,6 +67,36 @@ def test_a_pretrained_folder_holds_the_base_model_and_the_edits_go_on_top(
 
 
 @CASES
+def test_edits_that_came_by_load_state_dict_are_neither_written_over_nor_forgotten_from(
+    edited: Any, start: Start, case: str, facts: Facts, tmp_path: Path
+) -> None:
+    session, other = edited(case), start(case)
+    other.edit(facts[:1])
+    others = answers(other.model, other.tokenizer)
+    kept = [*session.ledger]
+    session.model.load_state_dict(session.model.state_dict())  # its own edits are no others
+    session.check(facts)
+    session.model.load_state_dict(other.model.state_dict())
+    for act in (
+        lambda: session.edit(facts[:1]),
+        lambda: session.check(facts[:1]),
+        lambda: session.forget(["1-1"]),
+        lambda: session.save(tmp_path / "edits"),
+        lambda: session.keep_in(tmp_path / "run"),
+    ):
+        with pytest.raises(ValueError, match=r"other edits than this session's.*session\.restore\(session\.state\)"):
+            act()
+        assert answers(session.model, session.tokenizer) == others
+        assert [*session.ledger] == kept
+    assert not (tmp_path / "run").exists()
+    session.restore(session.state)
+    session.edit(facts[:1])
+    assert answers(session.model, session.tokenizer) != others
+    session.model.to(torch.bfloat16)
+    session.forget(["2-1"])  # moved, but the same
+
+
+@CASES
 def test_a_state_dict_brings_the_edits_to_a_model_that_has_as_many(
     edited: Any, start: Start, case: str, facts: Facts
 ) -> None:

@@ -98,7 +98,8 @@ def test_two_targets_for_one_prompt_are_refused_naming_both(start: Callable[...,
 def test_the_same_request_twice_is_fine_however_it_is_spaced(start: Callable[..., EditSession]) -> None:
     session = start()
     result = session.edit([GOOD, {**GOOD, "target_new": " Berlin "}, Request(**GOOD)])
-    assert len(result.nll) == len(session) == 3
+    assert len(result.nll) == 3
+    assert len(session) == 1
     assert result.nll[0] == pytest.approx(result.nll[1], rel=1e-4)
 
 

@@ -22,8 +22,8 @@ from plain import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import coachhook_plugin.batch_writing
 import coachhook_plugin.memory
-import coachhook_plugin.session
 from coachhook_plugin import EditSession
 from coachhook_plugin.in_place import InPlaceLayer
 
@@ -77,13 +77,13 @@ def test_what_is_written_is_the_methods_update(
     dtype, tolerance = PRECISION[case]
     session = start(case, dtype=dtype, use_hooks=False)
     targets: list[Any] = []
-    original = coachhook_plugin.session.optimise_targets
+    original = coachhook_plugin.batch_writing.optimise_targets
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         targets.append(original(*args, **kwargs))
         return targets[-1]
 
-    monkeypatch.setattr(coachhook_plugin.session, "optimise_targets", recorded)
+    monkeypatch.setattr(coachhook_plugin.batch_writing, "optimise_targets", recorded)
     c0 = {i: s.memory.matrix.numpy() / session.hparams.mom2_update_weight for i, s in session.state.layers.items()}
     names = [NAME[case].format(layer) for layer in (1, 2)]
     plain = PlainEditor(session, zoo.model(case, len(session.tokenizer), dtype=dtype), c0, names)
@@ -152,8 +152,8 @@ def test_unlike_a_hook_a_written_weight_answers_every_token(
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
     [
-        (coachhook_plugin.session, "optimise_targets", 0, True),
-        (coachhook_plugin.session, "subject_keys", 1, False),
+        (coachhook_plugin.batch_writing, "optimise_targets", 0, True),
+        (coachhook_plugin.batch_writing, "subject_keys", 1, False),
         (coachhook_plugin.memory, "update", 1, True),
         (InPlaceLayer, "write", 1, True),
         (InPlaceLayer, "__init__", 1, True),

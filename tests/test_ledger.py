@@ -14,6 +14,7 @@ from plain import bits, hook_layers, logits_of, photograph, photograph_session, 
 
 import coachhook_plugin.session
 from coachhook_plugin import EditSession, Request
+from coachhook_plugin.batch_writing import BatchWriter
 from coachhook_plugin.ledger import Edit, lines_of_batch, to_forget, with_lines
 
 Start = Callable[..., EditSession]
@@ -67,28 +68,41 @@ def test_a_fact_edited_again_supersedes_the_earlier_edit_and_says_so(
     assert len(session) == len(facts) + 1  # another prompt about the same subject is another fact
 
 
-def test_one_fact_twice_in_a_batch_supersedes_nothing() -> None:
-    request = Request("Ada was born in", "Ada", "Rome")
-    lines = lines_of_batch((), 1, "", [request, request], [0.1, 0.1], None, [True, True])
-    assert [line.status for line in lines] == ["in force", "in force"]
-    assert [line.id for line in with_lines(lines, lines_of_batch(lines, 2, "", [request], [0.0], None, [True]))] == [
-        "1-1",
-        "1-2",
-        "2-1",
-    ]
+def test_one_fact_twice_in_a_batch_counts_once_and_says_so(
+    start: Start, facts: Facts, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = start()
+    with caplog.at_level("INFO"):
+        result = session.edit([facts[0], facts[1], facts[0]])
+    assert len(session) == 2
+    assert (result.ids, result.superseded) == (["1-2", "1-3"], ["1-1"])
+    assert "supersedes the edits 1-1" in caplog.text
+    assert statuses(session) == [("1-1", "superseded", "1-3"), ("1-2", "in force", None), ("1-3", "in force", None)]
+    assert len(result.nll) == len(result.in_scope) == 3  # for every request, as they came
+    session.edit(facts[:1])
+    assert statuses(session)[0] == ("1-1", "superseded", "1-3")
+    assert statuses(session)[2] == ("1-3", "superseded", "2-1")
+    with pytest.raises(ValueError, match="request 2, target_new: 'Seoul' contradicts 'English' of request 0"):
+        session.edit([facts[0], facts[1], {**facts[0], "target_new": "Seoul"}])
 
 
 def test_a_fact_that_was_twice_in_a_batch_is_forgotten_whole(start: Start, facts: Facts) -> None:
     session = start()
     session.edit([facts[0], facts[0], facts[1]])
-    assert [line.id for line in session.forget(["1-1"])] == ["1-1", "1-2"]
-    assert statuses(session) == [("1-1", "forgotten", "2"), ("1-2", "forgotten", "2"), ("1-3", "in force", None)]
+    alone = session.state.history.steps[0]
+    assert [line.id for line in session.forget(["1-2"])] == ["1-2"]
+    assert statuses(session) == [("1-1", "superseded", "1-2"), ("1-2", "forgotten", "2"), ("1-3", "in force", None)]
+    for layer, of in session.state.layers.items():  # both columns are out
+        left = alone.layers[layer].columns([2])
+        torch.testing.assert_close(of.delta, (left.residual.double() @ left.coefficients.double().T).float())
     session.edit([facts[2], facts[2]])
     session.edit([facts[2]])
     gone = to_forget(session.ledger, ["4-1"])
-    assert [edit.id for edit in gone] == ["4-1", "3-1", "3-2"]
+    assert [edit.id for edit in gone] == ["4-1", "3-2", "3-1"]
     session.rollback(to=3)
-    assert [edit.id for edit in to_forget(session.ledger, ["3-2", "3-1"])] == ["3-2", "3-1"]
+    assert [edit.id for edit in to_forget(session.ledger, ["3-2"])] == ["3-2", "3-1"]
+    with pytest.raises(ValueError, match="forget '3-2' instead"):
+        session.forget(["3-1"])
 
 
 def test_what_a_fact_superseded_goes_with_it() -> None:
@@ -259,7 +273,7 @@ def test_forgetting_that_fails_changes_nothing(
     session = start(**changed)
     session.edit(facts)
     before, model = told(session), photograph(session.model)
-    points = [(EditSession, "_scope_of"), (EditSession, "_next"), (coachhook_plugin.session, "changes")]
+    points = [(BatchWriter, "scope_of"), (EditSession, "_next"), (coachhook_plugin.session, "changes")]
     for (owner, name), error in itertools.product(points, (RuntimeError("out of memory"), KeyboardInterrupt())):
         with raising_at(monkeypatch, owner, name, 0, error, after=True), pytest.raises(type(error)):
             session.forget(["1-2"])

@@ -92,7 +92,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Ten
     """CoachHooK's side: a folder with what the toolkit shall share, the changes of the weights, the target values."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import coachhook_plugin.session as session_module
+    import coachhook_plugin.batch_writing as writing
     from coachhook_plugin import CoachHooKHparams, EditSession
     from coachhook_plugin.architectures import model_parts
     from coachhook_plugin.smollm2 import smollm2_path
@@ -122,19 +122,19 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Ten
             save_statistics(path, KeyStatistics(covariance * COUNT, COUNT), SHARED["mom2_n_samples"])
 
     found = []
-    original = session_module.optimise_targets
+    original = writing.optimise_targets
 
     def keeping(*args: Any, **kwargs: Any) -> Any:
         found.append(original(*args, **kwargs))
         return found[-1]
 
-    session_module.optimise_targets = keeping
+    writing.optimise_targets = keeping
     try:
         session = EditSession(model, tokenizer, hparams, progress=False)
         before = [parts.projections[layer].weight.detach().clone() for layer in LAYERS]
         session.edit(FACTS)
     finally:
-        session_module.optimise_targets = original
+        writing.optimise_targets = original
     changes = [parts.projections[i].weight.detach() - old for i, old in zip(LAYERS, before, strict=True)]
     (folder / "z").mkdir()
     for i, value in enumerate(found[0].values.T):

@@ -26,11 +26,13 @@ from plain import (
     raising_at,
 )
 
+import coachhook_plugin.batch_writing
+import coachhook_plugin.beginning
 import coachhook_plugin.memory
 import coachhook_plugin.scope.leverage
 import coachhook_plugin.scope.zscore
 import coachhook_plugin.session
-from coachhook_plugin import EditSession
+from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.activations import subject_values
 from coachhook_plugin.hook import HookLayer, Mode
 from coachhook_plugin.scope import LeverageScope, ZScoreScope
@@ -107,14 +109,14 @@ def text_rows(session: EditSession) -> list[list[int]]:
 def targets_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The targets of every batch from here on, with the hooks' modes while they were optimised."""
     seen: list[Any] = []
-    original = coachhook_plugin.session.optimise_targets
+    original = coachhook_plugin.batch_writing.optimise_targets
 
     def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
         modes = [hook.mode for hook in hook_layers(model)]
         seen.append((original(model, *args, **kwargs), modes))
         return seen[-1][0]
 
-    monkeypatch.setattr(coachhook_plugin.session, "optimise_targets", recorded)
+    monkeypatch.setattr(coachhook_plugin.batch_writing, "optimise_targets", recorded)
     return seen
 
 
@@ -277,28 +279,30 @@ def test_an_edit_is_the_same_with_gradients_switched_off_around_it(start: Start,
 
 
 @LEVERAGE
-def test_memory_stays_within_one_square_matrix_and_a_fixed_sample(
+def test_memory_stays_within_two_square_matrices_and_a_fixed_sample(
     start: Start, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The record of what was edited is at most (m, m), and the sampled keys at most WITNESSES, for ever."""
+    """The record of what was edited is at most (m, 2 m), and the sampled keys at most WITNESSES, for ever."""
     assert WITNESSES <= 1000
     sample, m = 30, 48
     monkeypatch.setattr(coachhook_plugin.scope.leverage, "WITNESSES", sample)
     session = start(v_num_grad_steps=1)
-    sizes = []
-    for number in range(1, 11):
+    sizes, r = [], 0
+    for number in range(1, 16):
         session.edit([*facts, *MORE])
         edits, state = 7 * number, session.state.scope
-        assert state.edited.shape == (m, min(m, edits))
+        r = r + 7 if r + 7 <= 2 * m else m
+        assert state.edited.shape == (m, r)
         assert state.witnesses.shape == (min(sample, 3 * edits), m)
         assert state.lots.shape == (min(sample, 3 * edits),)
         assert state.seen == 3 * edits
         gate = hook_layers(session.model)[0].gate
         assert gate.explain.shape == (min(m, edits), m)
         layers = [tensor for s in session.state.layers.values() for tensor in (s.delta, s.memory.matrix)]
-        held = [*layers, *session.model.buffers(), state.edited, state.witnesses, state.lots]
+        held = [*layers, *session.model.buffers(), state.witnesses, state.lots]
         sizes.append([(tensor.shape, tensor.dtype) for tensor in held])
-    assert sizes[6] == sizes[7] == sizes[8] == sizes[9]  # 49 edits and more
+    assert all(size == sizes[6] for size in sizes[7:])  # 49 edits and more
+    assert r < 2 * m - 7  # it was put together
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
@@ -713,9 +717,9 @@ def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, ca
     assert [len(logits[0]) for logits in others] == [ids.shape[1], 5]
 
 
-@pytest.mark.parametrize("calls", ["restore", "state"])
+@pytest.mark.parametrize("calls", ["restore", "state", "load"])
 def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
-    start: Start, facts: Facts, calls: str
+    start: Start, tiny: Any, facts: Facts, calls: str, tmp_path: Any
 ) -> None:
     session = start(**EASY)
     with torch.inference_mode():
@@ -726,6 +730,11 @@ def test_a_model_can_be_trained_after_its_session_was_used_in_inference_mode(
         session.restore(empty)
         with torch.inference_mode():
             session.restore(state)
+    if calls == "load":
+        session.save(tmp_path)
+        model = tiny()
+        with torch.inference_mode():
+            session = load_edits(model, tmp_path, session.tokenizer)
     ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
     session.model(input_ids=ids, labels=ids).loss.backward()
     assert any(p.grad is not None for p in session.model.parameters())
@@ -798,12 +807,12 @@ def test_the_memory_held_is_counted_from_the_start(start: Start, facts: Facts) -
 # --- whole or not at all ---------------------------------------------------------------------------------------------
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
-    "before the targets": (coachhook_plugin.session, "optimise_targets", 0, False),
-    "after the targets": (coachhook_plugin.session, "optimise_targets", 0, True),
+    "before the targets": (coachhook_plugin.batch_writing, "optimise_targets", 0, False),
+    "after the targets": (coachhook_plugin.batch_writing, "optimise_targets", 0, True),
     "while optimising": (torch.optim.Adam, "step", 2, False),
-    "first layer's keys": (coachhook_plugin.session, "subject_keys", 0, False),
-    "second layer's keys": (coachhook_plugin.session, "subject_keys", 1, True),
-    "second layer's values": (coachhook_plugin.session, "subject_values", 1, False),
+    "first layer's keys": (coachhook_plugin.batch_writing, "subject_keys", 0, False),
+    "second layer's keys": (coachhook_plugin.batch_writing, "subject_keys", 1, True),
+    "second layer's values": (coachhook_plugin.batch_writing, "subject_values", 1, False),
     "second layer's update": (coachhook_plugin.memory, "update", 1, False),
     "second layer's write": (HookLayer, "write", 1, True),
     "second hook layer": (HookLayer, "__init__", 1, False),
@@ -900,7 +909,7 @@ def test_a_session_that_cannot_start_leaves_the_model_as_it_was(
     session = start(context_prefixes=None)
     marked(session.model)
     before = photograph(session.model)
-    owner = coachhook_plugin.session.statistics if name == "key_statistics" else coachhook_plugin.session
+    owner = coachhook_plugin.beginning.statistics if name == "key_statistics" else coachhook_plugin.session
     with raising_at(monkeypatch, owner, name, 0, KeyboardInterrupt(), after=True), pytest.raises(KeyboardInterrupt):
         session.edit(facts)
     assert photograph(session.model) == before
@@ -1060,6 +1069,81 @@ def test_restoring_inside_disabled_is_not_undone_at_its_end(start: Start, facts:
         with session.disabled():
             session.restore(before)
         assert same(answers(session), base)
+
+
+@pytest.mark.parametrize("use_hooks", [True, False])
+def test_what_is_edited_inside_disabled_shows_when_its_body_ends_and_not_before(
+    start: Start, facts: Facts, use_hooks: bool
+) -> None:
+    session, other = start(use_hooks=use_hooks), start(use_hooks=use_hooks)
+    base = answers(session)
+    for batch in (facts, MORE):
+        other.edit(batch)
+    with session.disabled():
+        session.edit(facts)  # the first hook layers are made here
+        assert same(answers(session), base)
+        one = session.state
+        with session.disabled():
+            session.edit(MORE)
+            assert same(answers(session), base)
+        assert same(answers(session), base)
+    assert same(answers(session), answers(other))
+    with session.disabled():
+        session.restore(one)
+        assert same(answers(session), base)
+        session.edit(MORE)
+        session.forget(["2-1"])
+        session.rollback(to=2)
+        with pytest.raises(ValueError, match="request 0"):
+            session.edit([{**facts[0], "subject": "Nobody"}])
+        assert same(answers(session), base)
+    assert same(answers(session), answers(other))
+    with session.disabled():
+        session.rollback(to=0)
+    assert same(answers(session), base)
+
+
+@pytest.mark.parametrize("use_hooks", [True, False])
+def test_a_batch_that_fails_inside_disabled_leaves_the_body_with_the_base_model(
+    start: Start, facts: Facts, use_hooks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(use_hooks=use_hooks)
+    base = answers(session)
+    session.edit(facts)
+    edited = answers(session)
+    owner = coachhook_plugin.batch_writing
+    with session.disabled():
+        before = photograph(session.model)
+        with raising_at(monkeypatch, owner, "subject_keys", 1, RuntimeError("full")), pytest.raises(RuntimeError):
+            session.edit(MORE)
+        assert photograph(session.model) == before
+        assert same(answers(session), base)
+    assert same(answers(session), edited)
+
+
+@pytest.mark.parametrize("use_hooks", [True, False])
+def test_a_copy_made_inside_disabled_is_not_kept_from_answering(start: Start, facts: Facts, use_hooks: bool) -> None:
+    session, other = start(use_hooks=use_hooks), start(use_hooks=use_hooks)
+    for one in (session, other):
+        one.edit(facts)
+    with session.disabled():
+        twin = EditSession.of(copy.deepcopy(session.model))
+    assert twin is not None
+    for one in (twin, other):
+        one.edit(MORE)
+    assert same(answers(twin), answers(other))
+
+
+def test_a_detached_session_has_no_state_and_says_so(start: Start, facts: Facts) -> None:
+    session = start()
+    session.edit(facts)
+    session.detach()
+    for ask in (lambda: session.state, session.kept_bytes):
+        with pytest.raises(ValueError, match="was detached"):
+            ask()
+    assert len(session) == 0
+    assert session.ledger == ()
+    assert "edits=0" in repr(session)
 
 
 # --- copies and moves ------------------------------------------------------------------------------------------------

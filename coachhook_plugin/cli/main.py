@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..hparams import CoachHooKHparams
+from ..folders import load_edits
+from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
-from ..session import EditSession, load_edits
+from ..session import EditSession
 from ..shipped import shipped_hparams
-from ..store import Contents, FolderError, holds_edits, read
+from ..store import Contents, FolderError, holds_edits, hparams_of, read
 from ..store.manifest import Manifest
-from .facts import FactsError, batches, check_facts, read_facts
+from .facts import ByLine, FactsError, batches, check_facts, edit_facts, read_facts
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 Answer = dict[str, Any]
@@ -49,7 +50,9 @@ exit codes: 0 done, 1 not possible (the reason is told), 2 wrong usage or a faul
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    said = logging.StreamHandler()
+    said.setFormatter(ByLine("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[said])
     try:
         answer = options.act(options)
     except KeyboardInterrupt:
@@ -76,22 +79,7 @@ def _failed(options: argparse.Namespace, code: int, why: str) -> int:
 def _edit(options: argparse.Namespace) -> Answer:
     started = time.monotonic()
     facts = read_facts(options.facts)
-    hparams = CoachHooKHparams.from_hparams(options.hparams or options.model)
-    if options.hparams:
-        hparams = replace(hparams, model_name=options.model)
-    going_on = holds_edits(options.out)
-    if going_on and not options.resume:
-        raise FolderError(
-            f"{options.out}: holds edits already; --resume goes on there and skips facts that are in force"
-        )
-    dtype = Manifest.read(options.out).dtype if going_on else options.dtype
-    model, tokenizer = _loaded(hparams.model_name, dtype, options.device or hparams.torch_device())
-    if going_on:
-        session = EditSession.resume(options.out, model, tokenizer, progress=not options.quiet)
-    else:
-        hparams = replace(hparams, session_dir=str(options.out))
-        session = EditSession(model, tokenizer, hparams, progress=not options.quiet)
-    try:
+    with _session_to_edit(options) as session:
         known = {(edit.prompt, edit.subject, edit.target_new) for edit in session.ledger if edit.in_force}
         new = [fact for fact in facts if tuple(vars(fact.request).values()) not in known]
         check_facts(options.facts, new, session)
@@ -99,7 +87,7 @@ def _edit(options: argparse.Namespace) -> Answer:
         written: list[str] = []
         with tqdm(total=len(new), desc="facts", unit="fact", disable=options.quiet) as bar:
             for batch in batches(new, size):
-                written += session.edit([fact.request for fact in batch], first=batch[0].line).ids
+                written += edit_facts(options.facts, batch, session).ids
                 bar.update(len(batch))
         session.save(options.out)  # the steps become part of the files
         edits = {edit.id: edit for edit in session.ledger}
@@ -113,8 +101,6 @@ def _edit(options: argparse.Namespace) -> Answer:
             "step": session.state.step,
             "seconds": round(time.monotonic() - started, 1),
         }
-    finally:
-        session.close()
 
 
 def _tell_edit(answer: Answer) -> str:
@@ -256,7 +242,7 @@ def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """A model by shipped name, folder or hub name, in the dtype that its edits are made in, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if shipped_hparams(name) is not None and not Path(name).exists():
+    if _is_shipped(name):
         name = CoachHooKHparams.from_hparams(name).model_name
     model = AutoModelForCausalLM.from_pretrained(name).to(getattr(torch, dtype)).eval()
     try:
@@ -265,6 +251,51 @@ def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         why = str(error).partition("\n")[0]
         raise ValueError(f"device: {device} cannot be used ({why}); name another with --device") from None
     return model, AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _session_to_edit(options: argparse.Namespace) -> Iterator[EditSession]:
+    """A new session in the folder `--out`, or with `--resume` the one that is there."""
+    going_on = holds_edits(options.out)
+    if going_on and not options.resume:
+        raise FolderError(
+            f"{options.out}: holds edits already; --resume goes on there and skips facts that are in force"
+        )
+    given = options.hparams or (options.model if _is_shipped(options.model) or not going_on else None)
+    hparams = None if given is None else CoachHooKHparams.from_hparams(given)
+    dtype = _agreed_dtype(options, hparams) if going_on else options.dtype or "float32"
+    device = options.device or (None if hparams is None else hparams.torch_device())
+    model, tokenizer = _loaded(options.model, dtype, device)
+    if going_on:
+        session = EditSession.resume(options.out, model, tokenizer, progress=not options.quiet)
+    else:
+        assert hparams is not None
+        hparams = replace(hparams, model_name=options.model, session_dir=str(options.out))
+        session = EditSession(model, tokenizer, hparams, progress=not options.quiet)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _agreed_dtype(options: argparse.Namespace, hparams: CoachHooKHparams | None) -> str:
+    """That of the edits in `--out`, unless they were made otherwise than --dtype and --hparams say."""
+    manifest = Manifest.read(options.out)
+    dtype, others = manifest.dtype, []
+    if options.hparams and hparams is not None:
+        others = differing(hparams_of(options.out, manifest), hparams, FREE | PLACES)
+    if options.dtype not in (None, dtype):
+        others.append(f"dtype: {dtype} in force, {options.dtype} given")
+    if others:
+        raise FolderError(
+            f"{options.out}: its edits were made otherwise ({'; '.join(others)}); --resume goes on as they were made: "
+            "leave --hparams and --dtype away, or name another folder"
+        )
+    return dtype
+
+
+def _is_shipped(model: str) -> bool:
+    return shipped_hparams(model) is not None and not Path(model).exists()
 
 
 @contextmanager
@@ -318,9 +349,13 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--out", type=Path, required=True, help="folder of the session; every batch is kept at once")
     edit.add_argument("--hparams", help="YAML file or shipped name; default: the one of the model's name")
     edit.add_argument("--batch-size", type=_positive, help="facts in a batch; default: that of the hyperparameters")
-    edit.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    edit.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model; default: float32")
     edit.add_argument("--device", help="default: that of the hyperparameters")
-    edit.add_argument("--resume", action="store_true", help="go on in a folder that holds edits")
+    edit.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in a folder that holds edits, with their hyperparameters and dtype",
+    )
 
     inspect = command("inspect", _inspect, _tell_inspect, "say what a folder holds, and check every byte of it")
     show = command("show", _show, _tell_show, "the ledger's lines of a fact")

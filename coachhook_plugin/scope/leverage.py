@@ -13,8 +13,10 @@ that token's key alone: not on padding, batch mates, length, later tokens or cac
 
 The threshold lies midway (in log odds) between a low quantile of the edited facts' keys, in all their contexts, and
 the pre-training keys' quantile that leaves `budget` of them open; it never falls below the latter, nor `LEAST`.
-Nothing here grows
-without bound: Q is at most (m, m), and the keys looked at for the quantile are a random sample of fixed size.
+
+Nothing here grows without bound: the keys looked at for the quantile are a random sample of fixed size, and Q has at
+most 2 m columns. Beyond that an (m, m) matrix with the same Q Q^T, which is all that the score depends on, takes its
+place. That happens once in m edits: in every other step a session's journal keeps the keys of the batch alone.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ SILENT = 1e-4  # added to every neuron's mean square, as a share of their mean: 
 class LeverageState:
     """What the edits so far have made of the scope."""
 
-    edited: torch.Tensor  # (m, r): Q, or once r would exceed m, an (m, m) factor of Q Q^T
+    edited: torch.Tensor  # (m, r): Q; where r would exceed 2 m, an (m, m) factor of Q Q^T and what came since
     witnesses: torch.Tensor  # (w, m): scaled keys of edited facts in their contexts, a uniform sample
     lots: torch.Tensor  # (w,): the lots by which the sample was drawn
     seen: int  # keys the sample was drawn from
@@ -83,7 +85,7 @@ class LeverageGate(Gate):
     """Decides at the first edited layer."""
 
     scale: torch.Tensor  # (m,): what makes w of k, up to a common factor
-    explain: torch.Tensor  # (r, m): F, see `explaining`; entries are at most 1, and 16 bits do for sums of m
+    explain: torch.Tensor  # (r, m), r <= m: F, see `explaining`; entries are at most 1, and 16 bits do for sums of m
     threshold: torch.Tensor  # ()
     growing = frozenset({"explain"})
 
@@ -176,8 +178,8 @@ class LeverageScope(Scope):
     def after_keys(self, state: LeverageState, keys: torch.Tensor) -> LeverageState:
         scaled = working_precision(keys.to(self.scale.device)) * self.scale  # (u, c, m)
         edited = torch.cat([state.edited, F.normalize(context_mean(scaled), dim=-1).T], dim=1)  # (m, r + u)
-        if edited.shape[1] > edited.shape[0]:
-            edited = torch.linalg.qr(edited.T, mode="r").R.T  # (m, m), the same Q Q^T
+        if edited.shape[1] > 2 * edited.shape[0]:
+            edited = squared(edited)
         witnesses, lots = self._sampled(state, scaled.flatten(0, 1).float())
         explain = self._explaining(edited)
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
@@ -244,8 +246,16 @@ def scaling(moments: torch.Tensor) -> torch.Tensor:
     return (moments + SILENT * moments.mean()).rsqrt()
 
 
+def squared(edited: torch.Tensor) -> torch.Tensor:
+    """(m, m) with the same Q Q^T as Q = `edited` (m, r), r >= m."""
+    factor: torch.Tensor = torch.linalg.qr(edited.T, mode="r").R
+    return factor.T
+
+
 def explaining(edited: torch.Tensor, ridge: float) -> torch.Tensor:
-    """F (r, m) with ||F w||^2 = w^T Q (eps I + Q^T Q)^-1 Q^T w, for Q = `edited` (m, r)."""
+    """F (min(r, m), m) with ||F w||^2 = w^T Q (eps I + Q^T Q)^-1 Q^T w, for Q = `edited` (m, r)."""
+    if edited.shape[1] > edited.shape[0]:
+        edited = squared(edited)
     gram = edited.T @ edited  # (r, r)
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
     explain: torch.Tensor = torch.linalg.solve_triangular(factor, edited.T, upper=False)

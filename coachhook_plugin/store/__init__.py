@@ -15,7 +15,7 @@ safetensors and JSON; whatever is read has been compared with its checksum befor
 from __future__ import annotations
 
 from .files import FolderError
-from .folder import Contents, Record, holds_edits, read, write
+from .folder import Contents, Record, holds_edits, hparams_of, read, write
 from .journal import Journal
 
-__all__ = ["Contents", "FolderError", "Journal", "Record", "holds_edits", "read", "write"]
+__all__ = ["Contents", "FolderError", "Journal", "Record", "holds_edits", "hparams_of", "read", "write"]

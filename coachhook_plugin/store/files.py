@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from ..cache import neighbour
+from ..cache import write_durably
 
 LOCK = ".coachhook.lock"
 CHUNK = 1 << 22
@@ -38,21 +37,6 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_durably(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary neighbour, bring it to the disk, rename it, and bring the name to the disk."""
-    made = neighbour(path)
-    try:
-        mode = made.stat().st_mode
-        write(made)
-        made.chmod(mode)  # safetensors makes private files, too
-        _sync(made)
-        os.replace(made, path)
-        _sync(path.parent)
-    except BaseException:
-        remove(made)
-        raise
-
-
 def remove(path: Path) -> None:
     """Unlink a file that nothing refers to; where that fails it does no harm."""
     with contextlib.suppress(OSError):
@@ -65,7 +49,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_durably(path, lambda target: _write_text(target, text))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    write_durably(path, lambda made: made.write_bytes(data))
 
 
 def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
@@ -118,17 +106,3 @@ def lock(folder: Path) -> FileLock:
                 f"{folder}: another session is writing to this folder; end that one, or name another folder"
             ) from None
     return held
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call for folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

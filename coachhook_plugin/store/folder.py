@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from ..hparams import CoachHooKHparams
+from ..hparams import PLACES, CoachHooKHparams
 from ..ledger import Edit, Ledger
 from ..memory import KeyMemory
 from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
@@ -21,8 +22,6 @@ from .files import FolderError, read_checked, read_tensors, remove, sha256, writ
 from .manifest import File, Manifest
 
 STEPS = "steps"
-# Where things are kept says nothing about the edits.
-PLACES = ("session_dir", "save_path", "load_path")
 OURS = re.compile(r"(hook_layers|memory)(-\d+)?\.safetensors|ledger(-\d+)?\.jsonl")
 UNFINISHED = re.compile(rf"\.({OURS.pattern}|{re.escape(manifests.NAME)})\.\w+")
 
@@ -128,13 +127,13 @@ def read(folder: Path) -> Contents:
         if Manifest.read(folder).digest == manifest.digest:
             raise
         return read(folder)  # its session has written all files anew in between
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         # The checksums are right, so it was written like that.
         raise FolderError(f"{folder}: its files do not fit together ({type(error).__name__}: {error})") from error
 
 
 def _read(folder: Path, manifest: Manifest) -> Contents:
-    hparams = _hparams(folder, manifest)
+    hparams = hparams_of(folder, manifest)
     layers = hparams.edited_layers
     tensors = read_tensors(_content(folder, manifest, "hook_layers"))
     lines = _content(folder, manifest, "ledger").decode().splitlines()
@@ -169,12 +168,17 @@ def _read(folder: Path, manifest: Manifest) -> Contents:
     return Contents(manifest, hparams, snapshot, None if trailing else gates, history, constants, inside, trailing)
 
 
-def _hparams(folder: Path, manifest: Manifest) -> CoachHooKHparams:
+def hparams_of(folder: Path, manifest: Manifest) -> CoachHooKHparams:
+    """The hyperparameters that the edits of a folder were made with.
+
+    Raises:
+        FolderError: a newer release has added to them.
+    """
     if new := set(manifest.hparams) - {f.name for f in fields(CoachHooKHparams)}:
         raise FolderError(
             f"{folder}: has hyperparameters that this release lacks ({', '.join(sorted(new))}); {manifests.UPDATE}"
         )
-    return CoachHooKHparams.from_dict(manifest.hparams)
+    return CoachHooKHparams(**manifest.hparams)  # the model is there already: its name needs no looking up
 
 
 def _steps(folder: Path, manifest: Manifest) -> list[steps.Written]:

@@ -84,7 +84,10 @@ class Manifest:
             raise FolderError(f"{path}: has entries that this release lacks ({', '.join(sorted(new))}); {UPDATE}")
         if set(content) != known:
             raise damaged
-        files = {role: File(**file) for role, file in content.pop("files").items()}
+        try:
+            files = {role: File(**file) for role, file in content.pop("files").items()}
+        except (AttributeError, TypeError):
+            raise damaged from None
         return cls(files=files, **content)
 
 

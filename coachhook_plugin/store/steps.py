@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from ..ledger import Edit
 from ..state import Factors, Step
-from .files import FolderError, read_checked, read_tensors, remove, write_durably
+from .files import FolderError, read_checked, read_tensors, remove, write_bytes
 
 NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
 UNFINISHED = re.compile(rf"\.{NAME.pattern}\.\w+")
@@ -68,7 +68,7 @@ def append(folder: Path, number: int, step: Step, after: str) -> Written:
     data = pack(step, after)
     name = f"{number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
     try:
-        write_durably(folder / name, lambda target: _write(target, data))
+        write_bytes(folder / name, data)
     except BaseException:
         remove(folder / name)  # what was not promised must not be found either
         raise
@@ -101,7 +101,3 @@ def read(folder: Path, listed: list[str], after: str) -> list[Written]:
         steps.append(following[after])
         after = steps[-1].digest
     return steps
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

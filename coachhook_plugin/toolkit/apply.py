@@ -16,29 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from ..hparams import CoachHooKHparams
-from ..session import EditSession, load_edits
+from ..folders import load_edits
+from ..hparams import FREE, PLACES, CoachHooKHparams, differing
+from ..session import EditSession
 from ..state import SessionState
 from ..store import holds_edits
 from ..tokens import parse_requests
-
-# Hyperparameters that may differ between two edits of one session: they say how to load, batch and score.
-FREE = frozenset(
-    {
-        "model_name",
-        "device",
-        "model_parallel",
-        "fp16",
-        "batch_size",
-        "max_length",
-        "evaluation_type",
-        "api_key",
-        "target_tokens",
-        "history_steps",
-        "save_path",
-        "load_path",
-    }
-)
 
 
 @dataclasses.dataclass
@@ -191,12 +174,13 @@ def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSe
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)
     if session is not None:
-        differing = _differing(session.hparams, hparams)
-        if not differing:
+        # Without a session_dir of their own, batches go where the session's go.
+        others = differing(session.hparams, dataclasses.replace(hparams, session_dir=_folder(session, hparams)))
+        if not others:
             return session
         if len(session):
             raise ValueError(
-                f"this model carries {len(session)} edits made with other hyperparameters ({'; '.join(differing)}); "
+                f"this model carries {len(session)} edits made with other hyperparameters ({'; '.join(others)}); "
                 "go on with the same ones, or take the edits off first with EditSession.of(model).detach()"
             )
         session.detach()
@@ -216,23 +200,19 @@ def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSe
 
 def _agreed(session: EditSession, hparams: CoachHooKHparams, folder: str) -> EditSession:
     """A session from a folder, under the hyperparameters of this run, which must be those of its edits."""
-    differing = _differing(session.hparams, dataclasses.replace(hparams, session_dir=session.hparams.session_dir))
-    if differing:
+    others = differing(session.hparams, hparams, FREE | PLACES)
+    if others:
         session.detach()
         raise ValueError(
-            f"{folder}: holds edits made with other hyperparameters ({'; '.join(differing)}); go on with the same "
+            f"{folder}: holds edits made with other hyperparameters ({'; '.join(others)}); go on with the same "
             "ones, or name another folder"
         )
     session.hparams = hparams
     return session
 
 
-def _differing(in_force: CoachHooKHparams, given: CoachHooKHparams) -> list[str]:
-    return [
-        f"{field.name}: {getattr(in_force, field.name)!r} in force, {getattr(given, field.name)!r} given"
-        for field in dataclasses.fields(given)
-        if field.name not in FREE and getattr(in_force, field.name) != getattr(given, field.name)
-    ]
+def _folder(session: EditSession, hparams: CoachHooKHparams) -> str | None:
+    return hparams.session_dir or session.hparams.session_dir
 
 
 def _lives(session: EditSession) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import yaml
 import zoo
 
+import coachhook_plugin.target
 from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.cli import main
 from coachhook_plugin.cli.facts import Fact, batches
@@ -94,6 +97,65 @@ def test_editing_goes_on_where_it_was_and_skips_what_is_in_force(work: Path, run
     code, answer = run(*edit(work, "--resume"))
     assert code == 0
     assert (answer["skipped"], answer["superseded"], answer["in_force"]) == (1, ["1-2"], 4)
+
+
+def test_resuming_needs_no_hyperparameters_and_refuses_others_than_those_of_the_folder(work: Path, run: Any) -> None:
+    write(work, zoo.FACTS[:1])
+    assert run(*edit(work))[0] == 0
+    write(work, zoo.FACTS[:2])
+    other = yaml.safe_load((work / "tiny.yaml").read_text()) | {"v_lr": 0.25, "batch_size": 7}
+    (work / "other.yaml").write_text(yaml.safe_dump(other))
+    bare = [
+        "edit",
+        str(work / "facts.jsonl"),
+        "--model",
+        str(work / "model"),
+        "--out",
+        str(work / "edits"),
+        "--resume",
+    ]
+    for given, said in (
+        (["--hparams", str(work / "other.yaml")], "v_lr: 0.5 in force, 0.25 given"),
+        (["--dtype", "bfloat16"], "dtype: float32 in force, bfloat16 given"),
+    ):
+        code, answer = run(*bare, *given)
+        assert code == 1
+        assert said in answer["error"]
+        assert "batch_size" not in answer["error"]  # which may differ
+        assert "leave --hparams and --dtype away" in answer["error"]
+    assert run("inspect", str(work / "edits"))[1]["in_force"] == 1
+    code, answer = run(*bare, "--dtype", "float32")
+    assert (code, answer.get("in_force")) == (0, 2), answer
+
+
+def test_a_fact_that_fails_while_it_is_written_is_named_by_its_line(
+    work: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(work, [zoo.FACTS[0], "", zoo.FACTS[1], "", "", *zoo.FACTS[2:]])
+    original, calls = coachhook_plugin.target._solve, []
+
+    def failing(model: Any, parts: Any, problem: Any, names: Any, *args: Any) -> Any:
+        calls.append(names)
+        if len(calls) == 2:
+            raise ValueError(f"{names[0]}: the objective is nan")
+        return original(model, parts, problem, names, *args)
+
+    monkeypatch.setattr(coachhook_plugin.target, "_solve", failing)
+    code, answer = run(*edit(work))
+    assert code == 1
+    assert answer["error"].startswith(f"{work / 'facts.jsonl'}, line 6 ('{zoo.FACTS[2]['prompt']}'): the objective")
+    assert run("inspect", str(work / "edits"))[1]["in_force"] == 2
+
+
+def test_a_subject_outside_the_scope_is_told_by_its_line(work: Path) -> None:
+    hidden = {"prompt": "The best dish", "subject": "The", "target_new": "Rome"}  # as every other first "The"
+    write(work, [zoo.FACTS[0], "", "", hidden])
+    hparams = yaml.safe_load((work / "tiny.yaml").read_text()) | {"scope_budget": 0.001}
+    (work / "tiny.yaml").write_text(yaml.safe_dump(hparams))
+    program = f"import sys; from coachhook_plugin.cli import main; sys.exit(main({edit(work, '--quiet')!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\nline 4, subject: 'The' lies outside" in f"\n{done.stderr}"
 
 
 @pytest.mark.parametrize(

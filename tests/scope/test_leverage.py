@@ -31,6 +31,7 @@ from coachhook_plugin.scope.leverage import (
     leverage,
     scaling,
 )
+from coachhook_plugin.state import changed, changes
 
 M = 24
 SEEDS = st.integers(0, 2**31)
@@ -343,18 +344,33 @@ def test_other_precisions_decide_as_float32_away_from_the_threshold(dtype: torch
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_more_edits_than_the_key_has_entries_are_kept_in_a_square_and_score_the_same() -> None:
+def test_more_edits_than_twice_the_keys_entries_are_kept_in_a_square_and_score_the_same() -> None:
     text = of_text(1)
     scope, keys = scope_of(text), scaled(text[500:600], text)
-    state = scope.initial()
+    state, columns = scope.initial(), 0
     for first in range(0, 91, 13):
         state = scope.after_keys(state, torch.tensor(text[first : first + 13, None]))
         r = first + 13
-        assert state.edited.shape == (M, min(r, M))
+        columns = columns + 13 if columns + 13 <= 2 * M else M
+        assert state.edited.shape == (M, columns)
         found = leverage(keys, explaining(state.edited, 0.1))
         expected = leverages(text[500:600], text[:r], second_moment(text), 0.1)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
         assert len(showing(scope, state).explain) == min(r, M)
+
+
+def test_after_many_edits_a_batch_adds_its_own_keys_to_the_journal_and_the_rest_once_in_m_edits() -> None:
+    text = of_text(1)
+    scope = scope_of(text)
+    state, told_rows = after(scope, text[: M + 3, None]), []
+    for first in range(M + 3, 4 * M, 4):
+        following = scope.after_keys(state, torch.tensor(text[first : first + 4, None]))
+        told = changes(scope.pack(state), scope.pack(following))
+        assert torch.equal(changed(scope.pack(state), told)["edited"], scope.pack(following)["edited"])
+        told_rows.append(len(told["edited"]))
+        state = following
+    assert set(told_rows) == {4, M}
+    assert 2 <= told_rows.count(M) <= 3
 
 
 @given(SEEDS, st.integers(1, 3 * M), st.randoms())

