@@ -70,7 +70,7 @@ class BatchWriter:
             targets = self._targets(requests, group[-1], first)
             self.attached.set_mode(Mode.TEMPORARY, group)
             for i, layer in enumerate(group):
-                keys = self._keys(layer, requests, trees=self.comparison.trees is True)
+                keys = self._keys(layer, requests, trees=self.comparison.shared)
                 if layer == every[0] and self.scope is not None:
                     scope = _as_stored(self.scope, self.scope.after_keys(scope, keys))
                     self.attached.show_scope(scope)
@@ -156,7 +156,7 @@ class BatchWriter:
             self.hparams.target_tokens,
             self._device,
             self._looks_ahead,
-            trees=self.comparison.trees is True,
+            trees=self.comparison.shared,
         )  # (d, u)
         residual = memory.spread(targets.values.to(current.device), current, len(layers_left))  # (d, u)
         assert state.memory is not None

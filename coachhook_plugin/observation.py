@@ -62,12 +62,23 @@ class Attended:
 
 @dataclass
 class Comparison:
-    """What has been found to agree with the model's own way; kept between batches."""
+    """What has been found to agree with the model's own way; kept between batches, it changes no result.
 
-    trees: bool | None = None  # whether a pass may run a token tree; None: not tried yet
-    tree_seen: tuple[int, str] = (0, "")  # tokens of the longest row, and attention, that were compared
-    tail: type | None = None  # which way of running the upper blocks
+    A session that resumes begins with a new one. So nothing here may decide otherwise than a comparison would.
+    """
+
+    # Token trees: the longest rows that came out the same, with which attention, and the shortest that did not.
+    trees: tuple[int, str] = (0, "")
+    no_trees: float = math.inf
+    shared: bool = True  # whether all passes of the running batch were trees; set anew for each batch
+    # The same of the way of running the upper blocks.
+    tail: type | None = None
     tail_seen: tuple[int, str] = (0, "")
+
+    @classmethod
+    def without_trees(cls) -> Comparison:
+        """For a model whose answer at a token depends on later tokens, too."""
+        return cls(no_trees=0)
 
     @staticmethod
     def holds(seen: tuple[int, str], blocks: Sequence[nn.Module], batch: Batch) -> bool:
@@ -76,9 +87,8 @@ class Comparison:
         Longer rows may reach past an attention window, and the user may choose another attention between batches.
         """
         width, attention = seen
-        return batch.input_ids.shape[1] <= max(width, min(SHORT, _window(blocks))) and attention == attention_of(
-            blocks
-        )
+        known = max(width, min(SHORT, _window(blocks))) if width else 0
+        return batch.input_ids.shape[1] <= known and attention == attention_of(blocks)
 
 
 @dataclass(frozen=True)
@@ -118,22 +128,23 @@ def observe(
         loss: block the loss is read from, at or above it.
     """
     look = partial(_observed, model, blocks, edited, loss)
-    if comparison.trees is False:
-        return look(batch.model_inputs())
-    try:
-        tree = TokenTree.of(batch)
-        shared = look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
-    except Exception as error:
-        LOG.debug("the model runs no token trees: %s", error)
-        comparison.trees = False
-        return look(batch.model_inputs())
-    if comparison.trees and comparison.holds(comparison.tree_seen, blocks, batch):
-        return shared
-    few = batch.rows(slice(COMPARED))
-    plain = look(few.model_inputs())
-    comparison.trees = alike(shared.last[:COMPARED, : plain.last.shape[1]], plain.last, few.attention_mask.bool())
-    comparison.tree_seen = batch.input_ids.shape[1], attention_of(blocks)
-    return shared if comparison.trees else look(batch.model_inputs())
+    width = batch.input_ids.shape[1]
+    if width < comparison.no_trees:
+        try:
+            tree = TokenTree.of(batch)
+            shared = look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
+            if comparison.holds(comparison.trees, blocks, batch):
+                return shared
+            few = batch.rows(slice(COMPARED))
+            if alike(shared.last[:COMPARED], look(few.model_inputs()).last, few.attention_mask.bool()):
+                comparison.trees = width, attention_of(blocks)
+                return shared
+            comparison.no_trees = width
+        except Exception as error:
+            LOG.debug("the model runs no token trees: %s", error)
+            comparison.no_trees = 0
+    comparison.shared = False
+    return look(batch.model_inputs())
 
 
 def alike(got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> bool:

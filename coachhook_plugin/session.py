@@ -86,8 +86,8 @@ class EditSession:
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
-        looks_ahead = hparams.use_hooks and hparams.scope == "zscore"  # a token tree is for models that do not
-        self._comparison = Comparison(trees=False if looks_ahead else None)
+        looks_ahead = hparams.use_hooks and hparams.scope == "zscore"
+        self._comparison = Comparison.without_trees() if looks_ahead else Comparison()
         self._attached = Attachment(self._parts.projections)
         self._journal = Journal.start(hparams.session_dir) if hparams.session_dir else None
         object.__setattr__(model, ATTRIBUTE, self)

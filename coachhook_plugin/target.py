@@ -90,6 +90,8 @@ def optimise_targets(
     Raises:
         ValueError: the objective of a request is not finite.
     """
+    comparison = comparison or Comparison()
+    comparison.shared = True
     rows = [
         [*(encoder.with_target(prefix, request) for prefix in ("", *prefixes)), encoder.essence(request)]
         for request in requests

@@ -1,47 +1,85 @@
 """Put the committed figures into the README: `python -m evaluation.readme`.
 
-Reads `evaluation/results/demo/summary.json` (copy it there from `results/demo` after a run that shall be shown).
+Reads what lies under `evaluation/results`; copy a run there from `results` when it shall be shown. A table stands
+between two markers, for instance `<!-- demo-table -->` and `<!-- /demo-table -->`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .benchmarks.report import BARS
 from .protocol import METRICS
 
 ROOT = Path(__file__).parent.parent
-SUMMARY = Path(__file__).parent / "results" / "demo" / "summary.json"
-START, STOP = "<!-- demo-table -->\n", "<!-- /demo-table -->"
+RESULTS = Path(__file__).parent / "results"
 
 
-def table(figures: dict[str, Any]) -> str:
-    """A Markdown table of a demo's `summary.json`: scores before and after, and what they cost."""
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others numbers."""
+    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * left + "---:|" * (len(head) - left), *lines[1:]]) + "\n"
+
+
+def demo(figures: dict[str, Any]) -> str:
+    """Scores before and after the edits of the demo, and what they cost."""
     methods = figures["methods"]
     before = next(iter(methods.values()))["before"]
-    lines = [
-        f"| after {figures['edits']} edits | {' | '.join(METRICS)} | perplexity ratio | seconds per edit |",
-        "|---|" + "---:|" * (len(METRICS) + 2),
-        f"| unedited | {' | '.join(f'{before[name]:.3f}' for name in METRICS)} | 1.000 | |",
-    ]
+    rows = [["unedited", *(f"{before[name]:.3f}" for name in METRICS), "1.000", ""]]
     for name, of in methods.items():
-        scores = " | ".join(f"{of[metric]:.3f}" for metric in METRICS)
-        lines.append(f"| {name} | {scores} | {of['perplexity_ratio']:.3f} | {of['seconds_per_edit']:.1f} |")
-    return "\n".join(lines) + "\n"
+        scores = [f"{of[metric]:.3f}" for metric in METRICS]
+        rows.append([name, *scores, f"{of['perplexity_ratio']:.3f}", f"{of['seconds_per_edit']:.1f}"])
+    return markdown([f"after {figures['edits']} edits", *METRICS, "perplexity ratio", "seconds per edit"], rows)
 
 
-def filled(readme: str, figures: dict[str, Any]) -> str:
-    """The README with the table between its markers replaced."""
-    head, rest = readme.split(START, 1)
-    _, tail = rest.split(STOP, 1)
-    return head + START + "\n" + table(figures) + "\n" + STOP + tail
+def benchmarks(figures: dict[str, Any]) -> str:
+    """Every ratio beside the bar that was set for it."""
+    rows = [
+        [label, f"{figures[name]:.2f}", f"{'at least' if more else 'at most'} {bar:g}"]
+        for name, (label, bar, more) in BARS.items()
+    ]
+    return markdown(["ratio", "measured", "bar"], rows)
+
+
+def scope(figures: dict[str, Any]) -> str:
+    """The editing scopes by data set."""
+    names = ("reliability", "generality", "locality", "perplexity_ratio", "open_rate_text", "free_generation")
+    rows = [
+        [dataset, name, str(of["edits"]), *(f"{of[column]:.3f}" for column in names)]
+        for dataset, scopes in figures.items()
+        for name, of in scopes.items()
+    ]
+    return markdown(["data set", "scope", "edits", *(name.replace("_", " ") for name in names)], rows, left=2)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "benchmarks": benchmarks, "scope": scope}
+
+
+def filled(readme: str, name: str, table: str) -> str:
+    """The README with the table between its markers replaced.
+
+    Raises:
+        ValueError: the README has no such markers.
+    """
+    start, stop = f"<!-- {name}-table -->\n", f"<!-- /{name}-table -->"
+    head, found, rest = readme.partition(start)
+    _, closed, tail = rest.partition(stop)
+    if not found or not closed:
+        raise ValueError(f"the README has no place for the {name} table; put {start.strip()} and {stop} there")
+    return f"{head}{start}\n{table}\n{stop}{tail}"
 
 
 def main() -> None:
     path = ROOT / "README.md"
-    figures = json.loads(SUMMARY.read_text(encoding="utf-8"))
-    path.write_text(filled(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        summary = RESULTS / name / "summary.json"
+        if summary.is_file():
+            text = filled(text, name, table(json.loads(summary.read_text(encoding="utf-8"))))
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

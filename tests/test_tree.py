@@ -73,9 +73,9 @@ def test_what_is_observed_through_a_tree_is_what_the_padded_rows_give(
     comparison = Comparison()
     with torch.no_grad():
         found = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, comparison)
-        plain = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, Comparison(trees=False))
+        plain = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, Comparison.without_trees())
     if case not in NO_TREES:
-        assert comparison.trees, "shared beginnings are run again and again"
+        assert comparison.shared, "shared beginnings are run again and again"
     real = batch.attention_mask.bool()
     for got, expected in ((found.hidden, plain.hidden), (found.last, plain.last)):
         torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
@@ -101,8 +101,8 @@ def test_a_model_whose_answers_differ_through_a_tree_runs_its_rows_instead(
     comparison = Comparison()
     with torch.no_grad():
         found = observe(model, parts.blocks, 0, 1, batch, comparison)
-        plain = observe(model, parts.blocks, 0, 1, batch, Comparison(trees=False))
-    assert comparison.trees is False
+        plain = observe(model, parts.blocks, 0, 1, batch, Comparison.without_trees())
+    assert not comparison.shared
     assert torch.equal(found.last, plain.last)
 
 
@@ -115,8 +115,11 @@ def test_rows_past_an_attention_window_are_compared_again(
     comparison = Comparison()
     with torch.no_grad():
         observe(model, parts.blocks, 0, 1, short, comparison)
-        assert comparison.trees
+        assert comparison.shared
         found = observe(model, parts.blocks, 0, 1, long, comparison)
-        plain = observe(model, parts.blocks, 0, 1, long, Comparison(trees=False))
+        assert not comparison.shared
+        plain = observe(model, parts.blocks, 0, 1, long, Comparison.without_trees())
+        comparison.shared = True
+        observe(model, parts.blocks, 0, 1, short, comparison)
+        assert comparison.shared, "a long row decides for later batches: a resumed session would end with other bits"
     torch.testing.assert_close(found.last, plain.last, rtol=1e-4, atol=1e-5)
-    assert comparison.tree_seen[0] == 8

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from evaluation.demo import choose
 from evaluation.protocol import METRICS, Outcome
-from evaluation.readme import ROOT, SUMMARY, filled
+from evaluation.readme import RESULTS, ROOT, TABLES, filled
 from evaluation.report import draw, print_samples, print_table, summary, write_metrics
 
 
@@ -80,16 +80,25 @@ def test_the_demo_spreads_its_facts_over_the_relations() -> None:
         choose(0)
 
 
-def test_the_readme_shows_the_committed_figures() -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_shows_the_committed_figures(name: str) -> None:
+    summary = RESULTS / name / "summary.json"
+    if not summary.is_file():
+        pytest.skip("no such run is committed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert filled(readme, json.loads(SUMMARY.read_text(encoding="utf-8"))) == readme
+    assert filled(readme, name, TABLES[name](json.loads(summary.read_text(encoding="utf-8")))) == readme
+
+
+def test_a_readme_without_a_place_for_a_table_is_named() -> None:
+    with pytest.raises(ValueError, match="no place for the demo table"):
+        filled("# Title\n", "demo", "| a |\n")
 
 
 def test_the_table_is_replaced_and_nothing_else() -> None:
     readme = "before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n"
-    once = filled(readme, summary(RUN, "m", 10))
+    once = filled(readme, "demo", TABLES["demo"](summary(RUN, "m", 10)))
     assert once.startswith("before\n<!-- demo-table -->")
     assert once.endswith("<!-- /demo-table -->\nafter\n")
     assert "old" not in once
     assert "| CoachHooK | 0.900 | 0.900 | 0.900 | 0.900 | 1.100 | 2.4 |" in once
-    assert filled(once, summary(RUN, "m", 10)) == once
+    assert filled(once, "demo", TABLES["demo"](summary(RUN, "m", 10))) == once
