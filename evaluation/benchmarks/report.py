@@ -58,7 +58,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         )
         axis.set_title(f"{title} (line: the bar set)", loc="left", fontsize=10)
         axis.margins(x=0.15)
-    if "edits_per_second" in figures:
+    if "edits_per_second" in figures and "seconds_per_edit" in figures:
         rates = {int(size): rate for size, rate in figures["edits_per_second"].items()}
         sizes.bar(range(len(rates)), rates.values(), 0.55, color=GOOD)
         sizes.axhline(1 / figures["seconds_per_edit"]["toolkit_memit"], color="#e08e45", label="toolkit's MEMIT")
