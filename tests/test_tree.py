@@ -78,7 +78,7 @@ def test_what_is_observed_through_a_tree_is_what_the_padded_rows_give(
     comparison = Comparison()
     with torch.no_grad():
         found = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, comparison)
-        plain = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, Comparison.without_trees())
+        plain = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, Comparison(causal=False))
     if case not in NO_TREES:
         assert comparison.shared, "shared beginnings are run again and again"
     real = batch.attention_mask.bool()
@@ -87,28 +87,6 @@ def test_what_is_observed_through_a_tree_is_what_the_padded_rows_give(
     for pair, others in zip(found.attended, plain.attended, strict=True):
         for got, expected in zip(pair, others, strict=True):
             torch.testing.assert_close(got.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_whose_answers_differ_through_a_tree_runs_its_rows_instead(
-    tiny: Callable[..., Any], settings: Callable[..., Any]
-) -> None:
-    """As one that ignores the mask: every token would look at all other rows."""
-    model = tiny("llama")
-    parts = model_parts(model, settings())
-    given = model.forward
-
-    def deaf(**inputs: Any) -> Any:
-        mask = inputs["attention_mask"]
-        return given(**{**inputs, "attention_mask": None if mask.dim() == 4 else mask})
-
-    model.forward = deaf
-    batch = batch_of([[5, 9, 11, 4], [5, 9, 3, 7], [8, 8, 1, 7]])
-    comparison = Comparison()
-    with torch.no_grad():
-        found = observe(model, parts.blocks, 0, 1, batch, comparison)
-        plain = observe(model, parts.blocks, 0, 1, batch, Comparison.without_trees())
-    assert not comparison.shared
-    assert torch.equal(found.last, plain.last)
 
 
 def test_rows_past_an_attention_window_are_compared_again(
@@ -123,7 +101,7 @@ def test_rows_past_an_attention_window_are_compared_again(
         assert comparison.shared
         found = observe(model, parts.blocks, 0, 1, long, comparison)
         assert not comparison.shared
-        plain = observe(model, parts.blocks, 0, 1, long, Comparison.without_trees())
+        plain = observe(model, parts.blocks, 0, 1, long, Comparison(causal=False))
         comparison.shared = True
         observe(model, parts.blocks, 0, 1, short, comparison)
         assert comparison.shared, "a long row decides for later batches: a resumed session would end with other bits"
