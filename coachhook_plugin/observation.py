@@ -79,6 +79,9 @@ class Comparison:
     # The same of the way of running the upper blocks.
     tail: type | None = None
     tail_seen: tuple[int, str] = (0, "")
+    warned: bool = False  # that no such way agrees
+    # Edits above the edited block answer some tokens and not others: what agrees for these texts may not for others.
+    edits_above: bool = False
 
     def runs_trees(self, blocks: Sequence[nn.Module], width: int) -> bool | None:
         """Whether rows of up to `width` tokens come out the same through a tree; None: that is not known yet."""

@@ -98,6 +98,20 @@ def test_texts_past_a_window_leave_no_trace_in_how_later_batches_are_run(
     assert told(kept) == told(plain)
 
 
+def test_edits_above_the_first_layer_are_met_again_by_a_resumed_session(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path
+) -> None:
+    settings = {"spread": "boundary", "layers": [0, 1, 2], "mom2_update_weight": 0.1}
+    plain, kept = start(**settings), start(session_dir=str(tmp_path), **settings)
+    for target in ("Seoul", "Rome"):
+        batch = [{**fact, "target_new": target} for fact in facts]
+        plain.edit(batch)
+        kept.edit(batch)
+        kept.close()
+        kept = resume(tmp_path)
+    assert told(kept) == told(plain)
+
+
 def plain_model(session: EditSession) -> Any:
     return zoo.model("llama", len(session.tokenizer))
 
