@@ -1,7 +1,7 @@
 """One pass of the model over a batch of facts: what the edited block answered, and how the blocks above were called.
 
 Where the model's answer comes out the same, the pass runs the batch's token tree instead of its padded rows. Whether
-it does is tried and compared once; what is told is of rows either way.
+it does is tried on made-up rows, once for all batches that are no wider; what is told is of rows either way.
 """
 
 from __future__ import annotations
