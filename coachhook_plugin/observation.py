@@ -249,7 +249,10 @@ def _short(blocks: Sequence[nn.Module]) -> int:
     """Tokens that no attention window cuts: `SHORT`, or the shortest window that the blocks' configuration names."""
     named = (vars(config) for config in configs_of(blocks))
     sizes = [
-        v for of in named for k, v in of.items() if ("window" in k or "chunk" in k) and isinstance(v, int) and v > 1
+        v
+        for of in named
+        for k, v in of.items()
+        if ("window" in k or "chunk" in k) and "layers" not in k and isinstance(v, int) and v > 1
     ]
     return min([SHORT, *sizes])
 
