@@ -67,6 +67,7 @@ class BatchWriter:
         groups = [every] if self.hparams.spread == "mean" else [[layer] for layer in every]
         for group in groups:
             self.attached.set_mode(Mode.VALIDATED)
+            self.comparison.edits_above = self.scope is not None and group[-1] != every[-1]
             targets = self._targets(requests, group[-1], first)
             self.attached.set_mode(Mode.TEMPORARY, group)
             for i, layer in enumerate(group):

@@ -63,9 +63,8 @@ class KeySums:
     """Running sums over the keys of one layer."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.upper = working_precision(
-            torch.zeros(size, size, device=device)
-        )  # (m, m): k k^T on and above the diagonal
+        # (m, m): the sum of k k^T on and above the diagonal; what lies below is not kept up
+        self.upper = working_precision(torch.zeros(size, size, device=device))
         self.moments = working_precision(torch.zeros(2, device=device))  # number of keys, ||k||^4
 
     @property

@@ -1,7 +1,7 @@
 """One pass of the model over a batch of facts: what the edited block answered, and how the blocks above were called.
 
 Where the model's answer comes out the same, the pass runs the batch's token tree instead of its padded rows. Whether
-it does is tried and compared once; what is told is of rows either way.
+it does is tried on made-up rows, once for all batches that are no wider; what is told is of rows either way.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .architectures import context_length
 from .packing import attention_of, configs_of
 from .tokens import Batch
 from .trace import captured, hidden_of
@@ -25,9 +27,10 @@ from .tree import TokenTree
 LOG = logging.getLogger(__name__)
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, for each token; 16 bits: 5e-2
-COMPARED = 16  # rows of a batch that a tree is compared on
-SHORT = 64  # tokens that every family attends to from, unless its configuration names a shorter window
+# Relative, for each token. In bfloat16 SmolLM2 differs by up to 4%; what a token should not see makes tens of percent.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2}
+WIDEST = 1e-1  # of any other dtype
+SHORT = 64  # tokens: no family's attention window is shorter, unless its configuration says so
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,25 @@ class Comparison:
     A session that resumes begins with a new one. So nothing here may decide otherwise than a comparison would.
     """
 
-    # Token trees: the longest rows that came out the same, with which attention, and the shortest that did not.
+    causal: bool = True  # off: answers depend on later tokens, too, and no token tree is tried
+    unedited: Callable[[], AbstractContextManager[None]] = nullcontext  # shows the model without edits
+    # Token trees, with which attention: the longest rows that came out the same, and the shortest that did not.
     trees: tuple[int, str] = (0, "")
-    no_trees: float = math.inf
+    no_trees: tuple[float, str] = (math.inf, "")
     shared: bool = True  # whether all passes of the running batch were trees; set anew for each batch
     # The same of the way of running the upper blocks.
     tail: type | None = None
     tail_seen: tuple[int, str] = (0, "")
+    warned: bool = False  # that no such way agrees
+    # Edits above the edited block answer some tokens and not others: what agrees for these texts may not for others.
+    edits_above: bool = False
 
-    @classmethod
-    def without_trees(cls) -> Comparison:
-        """For a model whose answer at a token depends on later tokens, too."""
-        return cls(no_trees=0)
+    def runs_trees(self, blocks: Sequence[nn.Module], width: int) -> bool | None:
+        """Whether rows of up to `width` tokens come out the same through a tree; None: that is not known yet."""
+        attention = attention_of(blocks)
+        if not self.causal or (self.no_trees[1] == attention and width >= self.no_trees[0]):
+            return False
+        return True if self.trees[1] == attention and width <= self.trees[0] else None
 
     @staticmethod
     def holds(seen: tuple[int, str], blocks: Sequence[nn.Module], batch: Batch) -> bool:
@@ -87,7 +97,7 @@ class Comparison:
         Longer rows may reach past an attention window, and the user may choose another attention between batches.
         """
         width, attention = seen
-        known = max(width, min(SHORT, _window(blocks))) if width else 0
+        known = max(width, _short(blocks)) if width else 0
         return batch.input_ids.shape[1] <= known and attention == attention_of(blocks)
 
 
@@ -128,23 +138,63 @@ def observe(
         loss: block the loss is read from, at or above it.
     """
     look = partial(_observed, model, blocks, edited, loss)
-    width = batch.input_ids.shape[1]
-    if width < comparison.no_trees:
+    if _runs_trees(model, blocks, look, batch, comparison):
         try:
-            tree = TokenTree.of(batch)
-            shared = look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
-            if comparison.holds(comparison.trees, blocks, batch):
-                return shared
-            few = batch.rows(slice(COMPARED))
-            if alike(shared.last[:COMPARED], look(few.model_inputs()).last, few.attention_mask.bool()):
-                comparison.trees = width, attention_of(blocks)
-                return shared
-            comparison.no_trees = width
-        except Exception as error:
-            LOG.debug("the model runs no token trees: %s", error)
-            comparison.no_trees = 0
+            return _shared(model, look, batch)
+        except Exception as error:  # as where memory runs out
+            LOG.debug("the model does not run this token tree: %s", error)
     comparison.shared = False
     return look(batch.model_inputs())
+
+
+Look = Callable[[dict[str, Any]], Observation]
+
+
+def _shared(model: nn.Module, look: Look, batch: Batch) -> Observation:
+    tree = TokenTree.of(batch)
+    return look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
+
+
+def _runs_trees(
+    model: nn.Module, blocks: Sequence[nn.Module], look: Look, batch: Batch, comparison: Comparison
+) -> bool:
+    """Whether rows as wide as these come out the same through a tree.
+
+    Tried on made-up rows and without edits: rounding can bring a token into the scope, or beyond the tolerance of 16
+    bits, and what it does to one batch must not decide for others.
+    """
+    width = batch.input_ids.shape[1]
+    known = comparison.runs_trees(blocks, width)
+    if known is not None:
+        return known
+    attention, short = attention_of(blocks), _short(blocks)
+    tried = max(width, min(short, context_length(model) or short))  # short rows are all alike
+    rows = _made_up(tried, _vocabulary(model), batch.input_ids.device)
+    try:
+        with comparison.unedited():
+            agrees = alike(_shared(model, look, rows).last, look(rows.model_inputs()).last, rows.attention_mask.bool())
+    except Exception as error:
+        LOG.debug("the model runs no token trees: %s", error)
+        agrees = False
+    if agrees:
+        comparison.trees = tried, attention
+    else:
+        comparison.no_trees = (width if width > short else 0), attention
+    return agrees
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embedding = cast(Any, model).get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _made_up(width: int, vocabulary: int, device: torch.device) -> Batch:
+    """Rows of up to `width` tokens, some of which begin alike."""
+    ids = (7919 * torch.arange(4 * width).view(4, width)) % vocabulary
+    ids[1, : width // 2], ids[2, : width // 4] = ids[0, : width // 2], ids[0, : width // 4]
+    lengths = torch.tensor([width, width, -(-width // 2), width])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return Batch(ids.to(device), mask.to(device), (lengths - 1).to(device))
 
 
 def alike(got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> bool:
@@ -154,7 +204,7 @@ def alike(got: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> bool
     """
     real = real.to(expected.device)
     got, expected = got[real].float(), expected[real]
-    tolerance = TOLERANCE.get(expected.dtype, 5e-2)
+    tolerance = TOLERANCE.get(expected.dtype, WIDEST)
     return bool(((got - expected).norm(dim=-1) <= tolerance * expected.float().norm(dim=-1)).all())
 
 
@@ -195,13 +245,16 @@ def _observed(
     return Observation(at_cut.output, at_last.output, tuple(calls), caches[0][0] if caches else "", attended)
 
 
-def _window(blocks: Sequence[nn.Module]) -> float:
-    """The shortest attention window that the blocks' configuration names."""
+def _short(blocks: Sequence[nn.Module]) -> int:
+    """Tokens that no attention window cuts: `SHORT`, or the shortest window that the blocks' configuration names."""
     named = (vars(config) for config in configs_of(blocks))
     sizes = [
-        v for of in named for k, v in of.items() if ("window" in k or "chunk" in k) and isinstance(v, int) and v > 1
+        v
+        for of in named
+        for k, v in of.items()
+        if ("window" in k or "chunk" in k) and "layers" not in k and isinstance(v, int) and v > 1
     ]
-    return min(sizes, default=math.inf)
+    return min([SHORT, *sizes])
 
 
 def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

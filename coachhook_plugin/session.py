@@ -87,8 +87,8 @@ class EditSession:
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
         looks_ahead = hparams.use_hooks and hparams.scope == "zscore"
-        self._comparison = Comparison.without_trees() if looks_ahead else Comparison()
         self._attached = Attachment(self._parts.projections)
+        self._comparison = Comparison(causal=not looks_ahead, unedited=self._attached.disabled)
         self._journal = Journal.start(hparams.session_dir) if hparams.session_dir else None
         object.__setattr__(model, ATTRIBUTE, self)
 

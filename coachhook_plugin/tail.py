@@ -194,6 +194,8 @@ def cut(
     complete = _UpperBlocks(seen.hidden, start, seen.calls)
     if not seen.calls:  # the last block is edited: nothing is above it
         return complete
+    if comparison.edits_above and not comparison.causal:
+        return whole  # the edits above look at all tokens
     builds: tuple[Callable[[], Tail], ...] = (
         lambda: _packed(_suffix(seen, batch), batch.attention_mask.sum(1) - batch.subject),
         lambda: _suffix(seen, batch),
@@ -202,16 +204,20 @@ def cut(
     for build in builds:
         try:
             tail = build()
-            if comparison.tail is type(tail) and comparison.holds(comparison.tail_seen, blocks, batch):
+            known = comparison.tail is type(tail) and comparison.holds(comparison.tail_seen, blocks, batch)
+            if known and not comparison.edits_above:
                 return tail
             if _agrees(tail, seen.last, batch):
-                if len(set(batch.subject.tolist())) > 1:  # rows of one offset prove nothing about others
+                several = len(set(batch.subject.tolist())) > 1  # rows of one offset prove nothing about others
+                if several and not comparison.edits_above:
                     comparison.tail = type(tail)
                     comparison.tail_seen = batch.input_ids.shape[1], attention_of(blocks)
                 return tail
         except Exception as error:
             LOG.debug("blocks cannot be called like that: %s", error)
-    LOG.warning("%s: its blocks cannot be run by themselves; each step runs the whole model", type(model).__name__)
+    if not comparison.warned and not comparison.edits_above:
+        comparison.warned = True
+        LOG.warning("%s: its blocks cannot be run by themselves; each step runs the whole model", type(model).__name__)
     return whole
 
 

@@ -77,7 +77,10 @@ class TokenTree:
             return value
         if value.dim() == 4 and value.shape[-2:] == (n, n):
             node = self.node.to(value.device)
-            return value[0, 0][node[:, :, None], node[:, None, :]][:, None]  # (b, 1, T, T)
+            mask = value[0, 0][node[:, :, None], node[:, None, :]][:, None]  # (b, 1, T, T)
+            # Padding stands for copies of the last token, which must not look at them.
+            ahead = torch.ones(width, width, dtype=torch.bool, device=value.device).triu(1)
+            return mask.masked_fill(ahead, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
         if value.dim() >= 2 and value.shape[:2] == (1, n):
             return self.rows(value)
         if value.shape == (n,):

@@ -659,6 +659,30 @@ def test_with_boundary_spread_the_first_and_the_last_layer_each_reach_a_target_o
     assert zoo.relative(at_first.values, at_last.values) > 0.1
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_with_boundary_spread_the_first_layers_targets_count_on_the_edits_above_it(
+    start: Start, targets_of: list[Any], facts: Facts, case: str
+) -> None:
+    session = start(case, layers=[0, 2], spread="boundary", alpha=1.0, mom2_update_weight=0.1)
+    session.edit(facts)
+    again = [{**fact, "target_new": "Seoul"} for fact in facts]
+    block, settings = session._parts.blocks[0], session.hparams
+
+    def expected() -> list[torch.Tensor]:
+        model, tokenizer = session.model, session.tokenizer
+        return [zoo.plain_target(model, block, tokenizer, fact, session.prefixes, settings)[0] for fact in again]
+
+    whole, (_, above) = expected(), hook_layers(session.model)
+    above.silent = True
+    without = expected()
+    above.silent = False
+    session.edit(again)
+    found = targets_of[2][0].values.T
+    assert any(zoo.relative(one, other) > 1e-2 for one, other in zip(without, whole, strict=True))
+    for one, other in zip(found, whole, strict=True):
+        assert zoo.relative(one, other) < 1e-3
+
+
 def test_boundary_spread_can_be_undone_and_goes_on(start: Start, facts: Facts) -> None:
     session = start(spread="boundary", layers=[0, 1, 3])
     before = photograph(session.model)

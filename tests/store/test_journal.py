@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,44 @@ def test_a_resumed_session_is_the_one_that_was_left_after_any_step(
         kept = resume(tmp_path)
         assert told(kept) == told(plain)
         assert kept.hparams.session_dir == str(tmp_path)
+
+
+SHORT = [
+    {"prompt": "Norway is", "subject": "Norway", "target_new": "Rome"},
+    {"prompt": "Ada is", "subject": "Ada", "target_new": "Rome"},
+]
+
+
+@pytest.mark.parametrize("batches", [[zoo.FACTS, SHORT], [SHORT, zoo.FACTS, SHORT]], ids=["long-first", "short-first"])
+def test_texts_past_a_window_leave_no_trace_in_how_later_batches_are_run(
+    tiny: Any, tokenizer: Any, settings: Any, tmp_path: Path, batches: list[Facts]
+) -> None:
+    def new() -> Any:
+        return tiny("mistral", sliding_window=5)
+
+    hparams = settings(context_prefixes=[], v_num_grad_steps=2)
+    plain = EditSession(new(), tokenizer, hparams, progress=False)
+    kept = EditSession(new(), tokenizer, replace(hparams, session_dir=str(tmp_path)), progress=False)
+    for batch in batches:
+        plain.edit(batch)
+        kept.edit(batch)
+        kept.close()
+        kept = EditSession.resume(tmp_path, new(), tokenizer, progress=False)
+    assert told(kept) == told(plain)
+
+
+def test_edits_above_the_first_layer_are_met_again_by_a_resumed_session(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path
+) -> None:
+    settings = {"spread": "boundary", "layers": [0, 1, 2], "mom2_update_weight": 0.1}
+    plain, kept = start(**settings), start(session_dir=str(tmp_path), **settings)
+    for target in ("Seoul", "Rome"):
+        batch = [{**fact, "target_new": target} for fact in facts]
+        plain.edit(batch)
+        kept.edit(batch)
+        kept.close()
+        kept = resume(tmp_path)
+    assert told(kept) == told(plain)
 
 
 def plain_model(session: EditSession) -> Any:
