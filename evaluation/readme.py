@@ -36,12 +36,12 @@ def demo(figures: dict[str, Any]) -> str:
 
 
 def benchmarks(figures: dict[str, Any]) -> str:
-    """Every ratio beside the bar that was set for it."""
+    """Every ratio beside its goal."""
     rows = [
         [label, f"{figures[name]:.2f}", f"{'at least' if more else 'at most'} {bar:g}"]
         for name, (label, bar, more) in BARS.items()
     ]
-    return markdown(["ratio", "measured", "bar"], rows)
+    return markdown(["ratio", "measured", "goal"], rows)
 
 
 def scope(figures: dict[str, Any]) -> str:
