@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.metrics import Asking, answers, first_statement, generate, is_answered, starts_with
+from evaluation.metrics import Asking, answers, continuations, first_statement, generate, is_answered, starts_with
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,18 @@ def test_a_method_is_told_where_each_prompt_ends(tiny: Callable[..., Any], token
     generate(model, tokenizer, prompts, 2, asking)
     last = [len(tokenizer(prompt)["input_ids"]) - 1 for prompt in prompts]
     assert places == [*sorted(last), *last]
+
+
+def test_prompts_that_run_together_are_answered_as_alone(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    """In their order, and each up to its own end, however far the others go on."""
+    model = tiny("llama").eval()
+    prompts = ["Paris is in", "The capital of France is", "Rome is in", "The city of Seoul is", "Berlin is in"]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert len(set(lengths)) < len(prompts), "no two of them run together"
+    free = [continuations(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    model.generation_config.eos_token_id = free[0][2]
+    alone = [continuations(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    assert len(alone[0]) <= 3
+    assert len({len(row) for row in alone}) > 1
+    for use_cache in (True, False):
+        assert continuations(model, tokenizer, prompts, 6, use_cache) == alone
