@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -17,7 +17,6 @@ from .cache import cache_dir
 
 # With the weights, in main memory, or in a file that is mapped into memory and gone with the process.
 Place = Literal["weights", "cpu", "disk"]
-PLACES: tuple[Place, ...] = get_args(Place)
 
 
 def at_rest(matrix: torch.Tensor, place: Place) -> torch.Tensor:

@@ -145,7 +145,7 @@ def _solve(
     hparams: CoachHooKHparams,
     layer: int,
     bar: Any,
-    comparison: Comparison | None,
+    comparison: Comparison,
 ) -> Targets:
     last = len(parts.blocks) - 1
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer

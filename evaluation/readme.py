@@ -7,21 +7,16 @@ between two markers, for instance `<!-- demo-table -->` and `<!-- /demo-table --
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .benchmarks.report import BARS
 from .protocol import METRICS
+from .tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others numbers."""
-    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * left + "---:|" * (len(head) - left), *lines[1:]]) + "\n"
 
 
 def demo(figures: dict[str, Any]) -> str:
@@ -32,7 +27,8 @@ def demo(figures: dict[str, Any]) -> str:
     for name, of in methods.items():
         scores = [f"{of[metric]:.3f}" for metric in METRICS]
         rows.append([name, *scores, f"{of['perplexity_ratio']:.3f}", f"{of['seconds_per_edit']:.1f}"])
-    return markdown([f"after {figures['edits']} edits", *METRICS, "perplexity ratio", "seconds per edit"], rows)
+    head = [f"after {figures['edits']} edits", *METRICS, "perplexity ratio", "seconds per edit"]
+    return markdown_table(head, rows).replace("|  |", "| |") + "\n"
 
 
 def benchmarks(figures: dict[str, Any]) -> str:
@@ -41,7 +37,7 @@ def benchmarks(figures: dict[str, Any]) -> str:
         [label, f"{figures[name]:.2f}", f"{'at least' if more else 'at most'} {bar:g}"]
         for name, (label, bar, more) in BARS.items()
     ]
-    return markdown(["ratio", "measured", "goal"], rows)
+    return markdown_table(["ratio", "measured", "goal"], rows) + "\n"
 
 
 def scope(figures: dict[str, Any]) -> str:
@@ -52,7 +48,8 @@ def scope(figures: dict[str, Any]) -> str:
         for dataset, scopes in figures.items()
         for name, of in scopes.items()
     ]
-    return markdown(["data set", "scope", "edits", *(name.replace("_", " ") for name in names)], rows, left=2)
+    head = ["data set", "scope", "edits", *(name.replace("_", " ") for name in names)]
+    return markdown_table(head, rows, left=2) + "\n"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "benchmarks": benchmarks, "scope": scope}

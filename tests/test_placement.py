@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from plain import bits, photograph_session
 import coachhook_plugin.placement
 from coachhook_plugin import EditSession
 from coachhook_plugin.cache import cache_dir
-from coachhook_plugin.placement import PLACES, Place, at_rest, room_for
+from coachhook_plugin.placement import Place, at_rest, room_for
 
+PLACES = get_args(Place)
 Start = Callable[..., EditSession]
 Facts = list[dict[str, str]]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from ..tables import markdown_table
 from .jobs import Job, load_jobs, unfinished
 from .page import page
 from .plots import retention, trade_off
@@ -79,16 +80,9 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
     parts = []
     for (dataset, protocol, edits), group in groups.items():
         used = [name for name in columns if any(row.metrics[name][0] == row.metrics[name][0] for row in group)]
-        lines = [
-            f"### {dataset}, {edits} edits, {protocol}",
-            "",
-            f"| method | batch | {' | '.join(name.replace('_', ' ') for name in used)} |",
-            "|---|---:|" + "---:|" * len(used),
-        ]
-        lines += [
-            f"| {row.method} | {row.batch_size} | {' | '.join(cell(row, name) for name in used)} |" for row in group
-        ]
-        parts.append("\n".join(lines))
+        head = ["method", "batch", *(name.replace("_", " ") for name in used)]
+        lines = [[row.method, str(row.batch_size), *(cell(row, name) for name in used)] for row in group]
+        parts.append(f"### {dataset}, {edits} edits, {protocol}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(parts) + "\n"
 
 
