@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -29,21 +29,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_durably(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a temporary neighbour, bring it to the disk, rename it, and bring the name to the disk.
 
-    Readers see the old file or the new one, also after a power cut.
+    Readers see the old file or the new one, also after a power cut. The neighbour lies in a folder of its own, which
+    is all that a killed process leaves: safetensors makes temporary files beside the one it writes.
     """
-    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    made.touch(exist_ok=False)  # for whoever a new file is for: `tempfile` and safetensors make private ones
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    folder.mkdir()
     try:
+        made = folder / path.name
+        made.touch()  # for whoever a new file is for: `tempfile` and safetensors make private ones
         mode = made.stat().st_mode
         fill(made)
         made.chmod(mode)
         _sync(made)
         os.replace(made, path)
         _sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            made.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -28,7 +28,7 @@ from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.store import holds_edits
 
 STEPS = 14
-CALLS = ("fsync", "replace", "unlink", "rename")  # of the module os
+CALLS = ("fsync", "replace", "unlink", "rename", "rmdir")  # of the module os
 CALLS_OF_A_RUN = 110  # about as many as one undisturbed session makes
 
 

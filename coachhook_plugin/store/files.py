@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +39,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Unlink a file that nothing refers to; where that fails it does no harm."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+    """Remove a file or folder that nothing refers to; where that fails it does no harm."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

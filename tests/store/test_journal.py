@@ -166,6 +166,31 @@ def test_what_a_killed_rollback_leaves_is_neither_counted_nor_kept(
     again.edit(facts[3:])
 
 
+def test_a_temporary_file_of_safetensors_does_not_outlive_a_kill(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(session_dir=str(tmp_path), history_steps=1)
+    session.edit(facts[:1])
+    expected = told(session)
+
+    def killed(tensors: Any, path: Path, **options: Any) -> None:
+        (path.parent / ".tmpAbC123").write_bytes(b"half")  # so it writes since 0.8
+        os._exit(9)
+
+    monkeypatch.setattr(coachhook_plugin.store.files, "save_file", killed)
+    pid = os.fork()
+    if not pid:
+        try:
+            session.edit(facts[1:2])  # the history is folded: every file is written anew
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert list(tmp_path.rglob(".tmpAbC123"))
+    session.detach()
+    assert told(resume(tmp_path)) == expected
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".coachhook.lock"]
+
+
 def test_a_second_writer_is_refused_until_the_first_is_gone(
     start: Start, resume: Any, facts: Facts, tmp_path: Path, settings: Any, tiny: Any, tokenizer: Any
 ) -> None:
