@@ -1,13 +1,13 @@
 """The editing scopes side by side: who is let in, and what that does to the scores.
 
-    python -m evaluation.scope_study --data counterfact.json zsre.json --text held.txt [--edits 200]
+    python -m evaluation.scope_study --data counterfact.json zsre.json --text held.txt [--edits 200] [--batch-size 10]
 
-The first `--edits` records of every file are edited in consecutive batches of 10, once with each scope (and once more
-with the residual spread over the first and the last layer alone), otherwise with the same settings; everything is
-scored before the first batch and after the last. On the way, after 10, 50, 100, 500 and all edits, the margin (score
-over what is asked; from 1 on a token is answered) is taken at the last token of every edited subject and of every
-rephrased one, at all tokens of the neighbourhood prompts, and at all tokens of the held text. Each run is a process of
-its own and is kept; a run that is already there is not made again.
+The first `--edits` records of every file are edited in consecutive batches, once with each scope (and once more with
+the residual spread over the first and the last layer alone), otherwise with the same settings; everything is scored
+before the first batch and after the last. On the way, after 1, 5, 10, 50, 100 and all batches, the margin (score over
+what is asked; from 1 on a token is answered) is taken at the last token of every edited subject and of every rephrased
+one, at all tokens of the neighbourhood prompts, and at all tokens of the held text. Each run is a process of its own
+and is kept; a run that is already there is not made again.
 
 Writes `summary.json` (by data set and scope), the runs, and `scope.png`.
 """
@@ -37,14 +37,14 @@ from .data import Record, load_records
 from .metrics import continuations, perplexity
 from .protocol import mean_scores, read, score
 
-MODEL, BATCH = "smollm2-135m", 10
+MODEL = "smollm2-135m"
 SCOPES = {
     "zscore": {"scope": "zscore"},
     "leverage": {"scope": "leverage"},
     "leverage-boundary": {"scope": "leverage", "spread": "boundary"},
 }
 GROUPS = ("edited", "rephrased", "neighbours", "text")
-STEPS = (10, 50, 100, 500)
+STEPS = (1, 5, 10, 50, 100)  # batches
 TEXT_TOKENS, WINDOW = 4096, 256
 COLUMNS = (
     "reliability",
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of editing records")
     parser.add_argument("--text", type=Path, required=True, help="held text, for perplexity and opening rates")
     parser.add_argument("--edits", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--model", default=MODEL, help="hyperparameters by path or shipped name; default: %(default)s")
     parser.add_argument("--scopes", default=",".join(SCOPES), help="comma separated; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("results/scope"))
@@ -69,12 +70,12 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.worker:
-        found = run(options.model, options.worker, options.data[0], options.text, options.edits)
+        found = run(options.model, options.worker, options.data[0], options.text, options.edits, options.batch_size)
         kept(options.out, options.data[0], options.worker).write_text(json.dumps(found) + "\n", encoding="utf-8")
         return
     for path in options.data:
         for scope in options.scopes.split(","):
-            if not _is_there(kept(options.out, path, scope), options.edits):
+            if not _is_there(kept(options.out, path, scope), options.edits, options.batch_size):
                 command = [sys.executable, "-m", "evaluation.scope_study", *sys.argv[1:], "--worker", scope]
                 subprocess.run([*command, "--data", str(path)], check=True, env=os.environ)
     runs = [
@@ -95,11 +96,14 @@ def kept(out: Path, data: Path, scope: str) -> Path:
     return out / f"{data.stem}-{scope}.json"
 
 
-def _is_there(path: Path, edits: int) -> bool:
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == edits
+def _is_there(path: Path, edits: int, batch_size: int) -> bool:
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return (found["asked"], found["batch_size"]) == (edits, batch_size)
 
 
-def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict[str, Any]:
+def run(model_name: str, scope: str, data: Path, text: Path, edits: int, batch_size: int = 10) -> dict[str, Any]:
     """Edit one data set with one scope, and measure."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,20 +119,21 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict
     perplexity_before = perplexity(model, tokenizer, held)
     margins: dict[int, dict[str, list[float]]] = {}
     refused = []
-    for start in tqdm(range(0, len(records), BATCH), desc=f"{data.stem}, {scope}", unit="batch"):
-        batch = records[start : start + BATCH]
+    starts = range(0, len(records), batch_size)
+    for number, start in enumerate(tqdm(starts, desc=f"{data.stem}, {scope}", unit="batch"), start=1):
+        batch = records[start : start + batch_size]
         try:
             session.edit([record.request() for record in batch])
         except ValueError as error:
             refused.append(str(error))
         done = start + len(batch)
-        if done in STEPS or done == len(records):
+        if number in STEPS or done == len(records):
             margins[done] = margins_of(session, tokenizer, records[:done], held)
 
     after = read(model, tokenizer, records, "scores after")
     prompts = [record.prompt for record in records]
     said, alone = (continuations(model, tokenizer, prompts, use_cache=cached) for cached in (True, False))
-    starts = [
+    answered = [
         tokenizer.decode(row, skip_special_tokens=True).strip().startswith(record.target_new)
         for row, record in zip(said, records, strict=True)
     ]
@@ -138,12 +143,13 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int) -> dict
         "dataset": data.stem,
         "scope": scope,
         "asked": edits,
+        "batch_size": batch_size,
         "edits": len(session),
         "refused": refused,
         **{name: value for name, value in scores.items() if not math.isnan(value)},
         "perplexity_ratio": perplexity(model, tokenizer, held) / perplexity_before,
         "open_rate_text": sum(margin >= 1 for margin in text_margins) / len(text_margins),
-        "free_generation": sum(starts) / len(starts),
+        "free_generation": sum(answered) / len(answered),
         "cached_as_uncached": sum(a == b for a, b in zip(said, alone, strict=True)) / len(said),
         "margins": {
             done: {group: [round(m, 4) for m in found[group]] for group in GROUPS} for done, found in margins.items()
@@ -184,7 +190,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             done: {group: sum(m >= 1 for m in found[group]) / max(1, len(found[group])) for group in GROUPS}
             for done, found in one["margins"].items()
         }
-        told = {name: one[name] for name in ("edits", *COLUMNS)}
+        told = {name: one[name] for name in ("edits", "batch_size", *COLUMNS)}
         figures.setdefault(one["dataset"], {})[one["scope"]] = {**told, "open_rates": opened}
     return figures
 

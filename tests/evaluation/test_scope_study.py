@@ -49,12 +49,14 @@ def study(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> list[dict
     # A prompt without its subject is left out by the loader, not edited.
     facts.append({**facts[0], "subject": "Nobody"})
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    return [run(str(folder / "tiny.yaml"), scope, folder / "facts.json", folder / "text.txt", 10) for scope in SCOPES]
+    files = (folder / "facts.json", folder / "text.txt")
+    return [run(str(folder / "tiny.yaml"), scope, *files, edits=10, batch_size=1) for scope in SCOPES]
 
 
 def test_a_run_reports_every_promised_figure(study: list[dict[str, Any]]) -> None:
     for one in json.loads(json.dumps(study, allow_nan=False)):
         assert one["edits"] == len(zoo.FACTS)
+        assert list(one["margins"]) == ["1", str(len(zoo.FACTS))]
         assert all(0 <= one[name] <= 1 for name in COLUMNS if name != "perplexity_ratio")
         last = one["margins"][str(len(zoo.FACTS))]
         assert set(last) == set(GROUPS)
