@@ -52,7 +52,7 @@ def build(folder: Path) -> list[Row]:
 def _order(row: Row) -> tuple[Any, ...]:
     """By data set and size; the best first."""
     mean = row.metrics["mean"][0]
-    return (row.dataset, row.protocol, row.edits, -mean if mean == mean else 2.0, row.method)
+    return (*row.group, -mean if mean == mean else 2.0, row.method)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -76,7 +76,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
     """A table for each data set, protocol and number of edits; intervals (95 %, bootstrap) in brackets."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.dataset, row.protocol, row.edits), []).append(row)
+        groups.setdefault(row.group, []).append(row)
     parts = []
     for (dataset, protocol, edits), group in groups.items():
         used = [name for name in columns if any(row.metrics[name][0] == row.metrics[name][0] for row in group)]

@@ -22,30 +22,30 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     series = [(row, job) for row, job in zip(rows, jobs, strict=True) if len(job.steps) > 1]
     if not series:
         return False
-    datasets = list(dict.fromkeys(row.dataset for row, _ in series))
+    groups = list(dict.fromkeys(row.group for row, _ in series))
     styles = _styles(rows)
-    figure, axes = _figure(len(datasets), len(THREE))
-    for line, dataset in zip(axes, datasets, strict=True):
+    figure, axes = _figure(len(groups), len(THREE))
+    for line, group in zip(axes, groups, strict=True):
         for axis, name in zip(line, THREE, strict=True):
             for row, job in series:
-                if row.dataset == dataset:
+                if row.group == group:
                     steps = sorted(job.steps)
                     means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
                     axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method])
             axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
-            axis.set_title(f"{dataset}: {name}", loc="left", fontsize=10)
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+            axis.set_title(f"{group[0]}, {group[2]} edits: {name}", loc="left", fontsize=10)
+        _legend(line)
     _save(figure, path)
     return True
 
 
 def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     """Reliability and generality together against locality, with intervals."""
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    groups = list(dict.fromkeys(row.group for row in rows))
     styles = _styles(rows)
-    figure, axes = _figure(1, len(datasets), 4.6, 4.0)
-    for axis, dataset in zip(axes[0], datasets, strict=True):
-        for row in (row for row in rows if row.dataset == dataset):
+    figure, axes = _figure(1, len(groups), 4.6, 4.0)
+    for axis, group in zip(axes[0], groups, strict=True):
+        for row in (row for row in rows if row.group == group):
             parts = [row.metrics[name] for name in ("reliability", "generality")]
             known = [part for part in parts if part[0] == part[0]]
             across, up = row.metrics["locality"], tuple(np.mean([part[i] for part in known]) for i in range(3))
@@ -57,8 +57,9 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
             )  # fmt: skip
         axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="locality")
         axis.set_ylabel("mean of reliability and generality")
-        axis.set_title(dataset, loc="left", fontsize=10)
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        dataset, protocol, edits = group
+        axis.set_title(f"{dataset}, {edits} edits, {protocol}", loc="left", fontsize=10)
+    _legend(axes[0])
     _save(figure, path)
     return True
 
@@ -69,6 +70,14 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, name in enumerate(sorted(names))
     }
+
+
+def _legend(axes: Any) -> None:
+    """Every method of these panels, beside the last one."""
+    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(
+        named.values(), named.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5)
+    )
 
 
 def _figure(lines: int, columns: int, width: float = 3.6, height: float = 3.2) -> tuple[Any, Any]:

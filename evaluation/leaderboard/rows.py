@@ -51,6 +51,11 @@ class Row:
     metrics: dict[str, Interval]
     job: str  # its folder
 
+    @property
+    def group(self) -> tuple[str, str, int]:
+        """Rows that are compared with each other: data set, protocol, number of edits."""
+        return self.dataset, self.protocol, self.edits
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
         told: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "metrics"}

@@ -19,7 +19,7 @@ import yaml
 
 from evaluation.data import Probe, Record
 from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase
-from evaluation.leaderboard import COLUMNS, build
+from evaluation.leaderboard import COLUMNS, build, plots
 from evaluation.leaderboard.page import embedded
 
 NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
@@ -129,6 +129,28 @@ def test_the_plots_are_there_in_both_forms(board: Path) -> None:
     for name in ("retention", "trade-off"):
         assert (board / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (board / f"{name}.svg").read_text()
+
+
+def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[tuple[str, int]]] = {}
+
+    def look(figure: Any, path: Path) -> None:
+        drawn[path.name] = [(axis.get_title(loc="left"), len(axis.lines)) for axis in figure.axes]
+        save(figure, path)
+
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", look)
+    for name, label, edits in (("a", "Weak", 4), ("b", "Strong", 4), ("c", "Weak", 2)):
+        folder = tmp_path / "board/jobs" / name
+        job(folder, label, 1, steps=(1, 2, 4)[: edits // 2 + 1])
+        told = yaml.safe_load((folder / CONFIG).read_text()) | {"edits": edits}
+        (folder / CONFIG).write_text(yaml.safe_dump(told))
+    build(tmp_path / "board")
+    assert [title.rpartition(":")[0] for title, _ in drawn["retention"]] == 3 * ["towns, 2 edits"] + 3 * [
+        "towns, 4 edits"
+    ]
+    assert [lines for _, lines in drawn["retention"]] == [1, 1, 1, 2, 2, 2]
+    assert [title for title, _ in drawn["trade-off"]] == ["towns, 2 edits, consecutive", "towns, 4 edits, consecutive"]
 
 
 def test_the_same_jobs_give_the_same_files(board: Path) -> None:
