@@ -22,12 +22,12 @@ from ..tables import markdown_table
 from .jobs import Job, load_jobs, unfinished
 from .page import page
 from .plots import retention, trade_off
-from .rows import COLUMNS, Row, row_of
+from .rows import COLUMNS, Row, behind, row_of
 
 __all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "load_jobs", "markdown", "row_of"]
 
-SHOWN = ("reliability", "generality", "locality", "portability", "mean", "free_generation", "perplexity_ratio",
-         "seconds_per_edit")  # fmt: skip
+SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind_first", "free_generation",
+         "perplexity_ratio", "seconds_per_edit")  # fmt: skip
 
 
 def build(folder: Path) -> list[Row]:
@@ -36,6 +36,9 @@ def build(folder: Path) -> list[Row]:
     if not jobs:
         return []
     found = sorted(((row_of(job), job) for job in jobs), key=lambda pair: _order(pair[0]))
+    firsts: dict[Any, Job] = {}
+    for row, job in found:
+        row.metrics["behind_first"] = behind(firsts.setdefault(row.group, job), job)
     rows, jobs = [row for row, _ in found], [job for _, job in found]
     told = [row.to_dict() for row in rows]
     (folder / "leaderboard.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -25,15 +25,13 @@ UNKNOWN: Interval = (math.nan, math.nan, math.nan)
 THREE = ("reliability", "generality", "locality")
 # Of each record.
 SCORES = (*METRICS, "free_generation", "starts_with_answer", "ES", "PS", "NS", "NKP")
+COSTS = ("perplexity_ratio", "seconds_per_edit", "forward_overhead", "kept_megabytes", "peak_megabytes")
 COLUMNS = (
     *METRICS,
     "mean",  # of the three
+    "behind_first",  # by how much the group's best mean is higher, on the same records
     *SCORES[len(METRICS) :],
-    "perplexity_ratio",
-    "seconds_per_edit",
-    "forward_overhead",
-    "kept_megabytes",
-    "peak_megabytes",
+    *COSTS,
 )
 
 
@@ -89,9 +87,18 @@ def row_of(job: Job) -> Row:
         protocol=config["protocol"]["name"] + (", sequential" if config["protocol"].get("sequential") else ""),
         model=config["model"]["name"],
         overrides=config["method"]["overrides"],
-        metrics={**metrics, **costs(job, seed)},
+        metrics={**metrics, "behind_first": UNKNOWN, **costs(job, seed)},
         job=job.folder.name,
     )
+
+
+def behind(first: Job, job: Job) -> Interval:
+    """How much higher the mean of `first` is; records are drawn in pairs, so what makes some hard for both cancels."""
+    if [record.case_id for record in first.records] != [record.case_id for record in job.records]:
+        return UNKNOWN
+    pairs = zip(record_scores(first), record_scores(job), strict=True)
+    differences = [[one[name] - other[name] for name in THREE] for one, other in pairs]
+    return interval_of_mean_score(differences, job.config["seed"])
 
 
 def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:
@@ -148,7 +155,7 @@ def costs(job: Job, seed: int) -> dict[str, Interval]:
     if job.toolkit is not None:
         times = [(metric["time"], job.done["batch_size"]) for metric in job.toolkit]
         known = interval_of_ratio(times, seed=seed) if any(time for time, _ in times) else UNKNOWN
-        return dict.fromkeys(COLUMNS[len(SCORES) + 1 :], UNKNOWN) | {"seconds_per_edit": known}
+        return dict.fromkeys(COSTS, UNKNOWN) | {"seconds_per_edit": known}
     batches, before, after = job.journal.batches(), job.before, job.after
     assert before is not None
     assert after is not None

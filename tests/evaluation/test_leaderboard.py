@@ -108,6 +108,9 @@ def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:
     assert (weak["reliability"], weak["generality"], weak["locality"], weak["portability"]) == (0.25, 0.25, 0.75, 0.0)
     assert weak["mean"] == pytest.approx((0.25 + 0.25 + 0.75) / 3)
     assert (weak["free_generation"], weak["ES"], weak["NS"], weak["NKP"]) == (0.25, 0.25, 1.0, 0.75)
+    # The two miss the same neighbour, so only what Strong learned besides is between them.
+    assert weak["behind_first"] == pytest.approx(2 * 0.75 / 3)
+    assert (rows[0]["behind_first"], rows[0]["behind_first_interval"]) == (0, [0, 0])
     assert weak["perplexity_ratio"] == pytest.approx(1.1)
     assert (weak["seconds_per_edit"], weak["seconds_per_edit_interval"]) == (2.5, [2.0, 3.0])
 
