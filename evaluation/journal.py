@@ -19,6 +19,8 @@ from coachhook_plugin.cache import write_whole
 # Files of a run's folder that its process and its readers both know.
 CONFIG, DONE, FAILED = "config.yaml", "done.json", "failed.txt"
 RECORDS, ABOUT, TOOLKIT = "records.json", "about.json", "toolkit.json"
+LOCK = ".worker.lock"
+BUSY = 75  # exit status of a worker that found another one in its folder
 
 
 @dataclass(frozen=True)

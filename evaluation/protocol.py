@@ -9,6 +9,7 @@ with its figures as one `Outcome`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import resource
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -196,7 +198,8 @@ def _resumed(method: EditingMethod, journal: Journal, plan: Plan) -> int:
 
 def _edit(method: EditingMethod, batch: Sequence[Record], number: int, plan: Plan, journal: Journal) -> None:
     seed_everything(plan.seed + number)
-    _reset_peak()
+    device = next(method.model.parameters()).device
+    reset_peak(device)
     started = time.perf_counter()
     method.edit(batch)
     _wait()
@@ -208,7 +211,7 @@ def _edit(method: EditingMethod, batch: Sequence[Record], number: int, plan: Pla
             "edits": len(batch),
             "seconds": seconds,
             "kept_megabytes": method.kept_bytes() / 2**20,
-            "peak_megabytes": peak_megabytes(),
+            "peak_megabytes": peak_megabytes(device),
         }
         journal.keep_batch(told, None if plan.reset else method.state)
 
@@ -293,7 +296,7 @@ def consecutive(
         perplexity_after=perplexity_of(new.told["held"]),
         seconds_per_edit=sum(told["seconds"] for told in journal.done) / len(records),
         kept_megabytes=method.kept_bytes() / 2**20,
-        peak_megabytes=peak_megabytes(),
+        peak_megabytes=max(told["peak_megabytes"] for told in journal.done),
         samples=[
             {"prompt": record.prompt, "target": record.target_new, "before": b, "after": a}
             for record, b, a in zip(spread, said_before, said_after, strict=True)
@@ -358,12 +361,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def peak_megabytes() -> float:
-    """Largest memory so far: resident memory of this process, or with CUDA what was allocated on the device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_megabytes(device: torch.device | None = None) -> float:
+    """Largest memory since `reset_peak`: resident memory of this process, or what was allocated on a CUDA `device`."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reset_peak(device: torch.device | None = None) -> None:
+    """Measure `peak_megabytes` from here on; where the system cannot, it stays that of the whole process."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _texts(tokenizer: Any, reading: Reading) -> dict[str, list[str]]:
@@ -372,11 +386,6 @@ def _texts(tokenizer: Any, reading: Reading) -> dict[str, list[str]]:
         name: [tokenizer.decode(answer.said).strip() for answer in getattr(reading, name)]
         for name in ("prompt", "rephrases", "locality", "portability")
     }
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _wait() -> None:

@@ -24,7 +24,7 @@ import hydra
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from .journal import CONFIG, DONE, FAILED
+from .journal import BUSY, CONFIG, DONE, FAILED
 from .methods.settings import settings
 from .sources import load_dataset
 
@@ -53,6 +53,8 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     told: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     method, model = told["method"], told["model"]
     changes = {**method.pop("settings"), **method["overrides"]}
+    if method["name"] == "coachhook":  # its hyperparameters have a seed of their own
+        changes.setdefault("seed", told["seed"])
     if model["device"] is not None:
         changes["device"] = model["device"]
     told["hparams"] = settings(method["name"], model["name"], changes, method.pop("hparams"))
@@ -60,12 +62,14 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     told["dataset"] = {**told["dataset"], "checksum": data.checksum, "skipped": data.skipped}
     if told["held_text"]:
         told["held_checksum"] = hashlib.sha256(Path(told["held_text"]).read_bytes()).hexdigest()
+    base = told["hparams"].get("base_method")
+    told["base_hparams"] = base and settings(base, model["name"])
     told["toolkit"] = "checkout" if os.environ.get("EASYEDIT_HOME") else "release"
     return told
 
 
 def key(told: dict[str, Any]) -> str:
-    """A short name for everything that a job's figures depend on."""
+    """A short name for everything that a user sets of what a job's figures depend on: not for versions of programs."""
     kept = {name: value for name, value in told.items() if name not in (*FREE, "held_text")}
     kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
@@ -101,7 +105,11 @@ def run_job(told: dict[str, Any]) -> None:
     print(f"{folder.name}", flush=True)
     command = [sys.executable, "-m", "evaluation.worker", str(folder)]
     done = subprocess.run(command, input=json.dumps(told), text=True, env=_environment())
-    if done.returncode and not (folder / FAILED).is_file():
+    if done.returncode == BUSY:
+        (folder / FAILED).write_text(
+            "another process is at work in its folder; wait for it, or end it\n", encoding="utf-8"
+        )
+    elif done.returncode and not (folder / FAILED).is_file():
         (folder / FAILED).write_text(f"its process ended with status {done.returncode}\n", encoding="utf-8")
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from .data import Record
+from coachhook_plugin.cache import write_whole
+
+from .data import Record, load_facts
 from .entry_points import ENTRY_POINTS, entry_point, toolkit_shape
-from .journal import ABOUT, DONE, FAILED, RECORDS, TOOLKIT, Folder
+from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder
 from .methods import build
 from .protocol import EditingMethod, Plan, run, seed_everything
 from .sources import Dataset, load_dataset
@@ -31,6 +34,11 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "easyeditor", "coach
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     told = json.load(sys.stdin)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:  # one whose parent was killed
+        sys.exit(BUSY)
     try:
         work(told, folder)
     except Exception as error:
@@ -54,8 +62,8 @@ def work(told: dict[str, Any], folder: Path) -> None:
     seed_everything(told["seed"])
     statistics = told["model"]["statistics"]
     method = build(told["method"]["name"], told["model"]["name"], folder, told["hparams"], statistics)
-    if hasattr(method, "loc_prompts"):
-        method.loc_prompts = left_alone(data, held)
+    if getattr(method, "algorithm", "") == "WISE":
+        method.loc_prompts = left_alone(data)
     protocol = told["protocol"]
     journal = Folder(folder, told["snapshots"])
     if protocol["name"] in ENTRY_POINTS:
@@ -70,6 +78,7 @@ def work(told: dict[str, Any], folder: Path) -> None:
     finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else told["batch_size"]})
     journal.forget_state()
+    (folder / FAILED).unlink(missing_ok=True)  # of a call that found this one at work
 
 
 def settle_paths(told: dict[str, Any]) -> None:
@@ -115,21 +124,34 @@ def key_scores(method: EditingMethod, records: Sequence[Record]) -> list[dict[st
     return rows
 
 
-def left_alone(data: Dataset, held: str) -> list[str]:
-    """Texts for a method that also learns what to leave alone: neighbours of records that nobody scores, or prose."""
-    found = [f"{probe.prompt} {probe.answer}" for record in data.spare for probe in record.locality[:1]]
-    return found or [line.strip() for line in held.splitlines() if line.strip()]
+def left_alone(data: Dataset) -> list[str]:
+    """Texts for a method that also learns what to leave alone: neighbours that nobody scores.
+
+    Of the data set's other records, or else of the shipped facts.
+    """
+    scored = {probe.prompt for record in data.records for probe in record.locality}
+    for records in (data.spare, load_facts()):
+        probes = [record.locality[0] for record in records if record.locality]
+        found = [f"{probe.prompt} {probe.answer}" for probe in probes if probe.prompt not in scored]
+        if found:
+            return found
+    raise ValueError(
+        f"{data.name}: every record is edited and scored, so that no text is left that a method may learn to leave "
+        "alone; give fewer edits"
+    )
 
 
 def about(told: dict[str, Any], data: Dataset) -> dict[str, Any]:
     """What the figures were made with."""
+    asked = told["hparams"].get("device")
+    on_cuda = torch.cuda.is_available() and asked not in ("cpu", "mps")
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "toolkit": told["toolkit"],
         "toolkit_commit": _commit(os.environ.get("EASYEDIT_HOME")) if told["toolkit"] == "checkout" else None,
         "project_commit": _commit(str(Path(__file__).parent.parent)),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if on_cuda else str(asked),
         "threads": torch.get_num_threads(),
         "seed": told["seed"],
         "data": {"name": data.name, "sha256": data.checksum, "skipped": data.skipped},
@@ -139,7 +161,7 @@ def about(told: dict[str, Any], data: Dataset) -> dict[str, Any]:
 def write(path: Path, content: Any) -> None:
     """A JSON file; numbers of numpy become plain ones."""
     text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.item())
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, lambda stream: stream.write(f"{text}\n".encode()))
 
 
 def _version(name: str) -> str | None:

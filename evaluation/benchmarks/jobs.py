@@ -65,7 +65,8 @@ def edits(model_name: str, count: int, steps: int | None = None) -> dict[str, An
     session.edit(_requests(1, first=count))  # threads, kernels and allocator warm up
     session.restore(start)
     result = session.edit(_requests(count))
-    return {"seconds": result.seconds, "steps": result.steps, "peak_megabytes": peak_megabytes()}
+    peak = peak_megabytes(next(session.model.parameters()).device)
+    return {"seconds": result.seconds, "steps": result.steps, "peak_megabytes": peak}
 
 
 def memit(model_name: str, count: int, steps: int) -> dict[str, Any]:
@@ -78,7 +79,10 @@ def memit(model_name: str, count: int, steps: int) -> dict[str, Any]:
         method.edit_requests(_requests(1, first=count))
         started = time.perf_counter()
         method.edit_requests(_requests(count))
-        return {"seconds": time.perf_counter() - started, "peak_megabytes": peak_megabytes()}
+        return {
+            "seconds": time.perf_counter() - started,
+            "peak_megabytes": peak_megabytes(next(method.model.parameters()).device),
+        }
 
 
 def consecutive(model_name: str, batches: int, size: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
-    """A table for each data set, protocol and number of edits; intervals (95 %, bootstrap) in brackets."""
-    groups: dict[tuple[str, str, int], list[Row]] = {}
+    """A table for each group of rows; intervals (95 %, bootstrap) in brackets."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.group, []).append(row)
+        groups.setdefault(row.title, []).append(row)
     parts = []
-    for (dataset, protocol, edits), group in groups.items():
+    for title, group in groups.items():
         used = [name for name in columns if any(row.metrics[name][0] == row.metrics[name][0] for row in group)]
         head = ["method", "batch", *(name.replace("_", " ") for name in used)]
         lines = [[row.method, str(row.batch_size), *(cell(row, name) for name in used)] for row in group]
-        parts.append(f"### {dataset}, {edits} edits, {protocol}\n\n{markdown_table(head, lines)}")
+        parts.append(f"### {title}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,11 +113,16 @@ class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]
 
     def tell(self, folder: Path) -> None:
         """Leaves the process with status 1 if something that this call ran has failed."""
-        rows = build(folder)
+        rows, broken = [], False
+        try:
+            rows = build(folder)
+        except Exception:  # Hydra would turn it into a warning, and what failed would not be told
+            broken = True
+            traceback.print_exc()
         if rows:
             print(f"\n{markdown(rows)}\n{len(rows)} rows in {folder}/leaderboard.html, .md, .csv and .json")
         failed = [(job, why) for job, why, when in unfinished(folder) if when >= self.started]
         for job, why in failed:
             print(f"{job} did not finish: {why}", file=sys.stderr)
-        if failed:
+        if failed or broken:
             sys.exit(1)

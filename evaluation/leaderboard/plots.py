@@ -22,18 +22,19 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     series = [(row, job) for row, job in zip(rows, jobs, strict=True) if len(job.steps) > 1]
     if not series:
         return False
-    groups = list(dict.fromkeys(row.group for row, _ in series))
+    groups = list(dict.fromkeys(row.title for row, _ in series))
     styles = _styles(rows)
     figure, axes = _figure(len(groups), len(THREE))
     for line, group in zip(axes, groups, strict=True):
         for axis, name in zip(line, THREE, strict=True):
             for row, job in series:
-                if row.group == group:
+                if row.title == group:
                     steps = sorted(job.steps)
                     means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
                     axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method])
             axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
-            axis.set_title(f"{group[0]}, {group[2]} edits: {name}", loc="left", fontsize=10)
+            axis.set_title(name, loc="left", fontsize=10)
+        line[0].set_ylabel(group.replace(", ", "\n"))
         _legend(line)
     _save(figure, path)
     return True
@@ -41,11 +42,11 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
 
 def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     """Reliability and generality together against locality, with intervals."""
-    groups = list(dict.fromkeys(row.group for row in rows))
+    groups = list(dict.fromkeys(row.title for row in rows))
     styles = _styles(rows)
     figure, axes = _figure(1, len(groups), 4.6, 4.0)
     for axis, group in zip(axes[0], groups, strict=True):
-        for row in (row for row in rows if row.group == group):
+        for row in (row for row in rows if row.title == group):
             parts = [row.metrics[name] for name in ("reliability", "generality")]
             known = [part for part in parts if part[0] == part[0]]
             across, up = row.metrics["locality"], tuple(np.mean([part[i] for part in known]) for i in range(3))
@@ -57,8 +58,7 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
             )  # fmt: skip
         axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="locality")
         axis.set_ylabel("mean of reliability and generality")
-        dataset, protocol, edits = group
-        axis.set_title(f"{dataset}, {edits} edits, {protocol}", loc="left", fontsize=10)
+        axis.set_title(group, loc="left", fontsize=10)
     _legend(axes[0])
     _save(figure, path)
     return True

@@ -50,9 +50,14 @@ class Row:
     job: str  # its folder
 
     @property
-    def group(self) -> tuple[str, str, int]:
-        """Rows that are compared with each other: data set, protocol, number of edits."""
-        return self.dataset, self.protocol, self.edits
+    def group(self) -> tuple[str, str, str, int]:
+        """Rows that are compared with each other: model, data set, protocol, number of edits."""
+        return self.model, self.dataset, self.protocol, self.edits
+
+    @property
+    def title(self) -> str:
+        """Of its group."""
+        return f"{self.dataset}, {self.edits} edits, {self.protocol}, {self.model}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
@@ -67,7 +72,7 @@ class Row:
 
 def label(config: dict[str, Any]) -> str:
     """The method's name, with what the user changed in it."""
-    changes = config["method"]["overrides"]
+    changes = {**config["method"]["overrides"], **({"seed": config["seed"]} if config["seed"] else {})}
     told = ", ".join(f"{name}={value}" for name, value in changes.items())
     return config["method"]["label"] + (f" ({told})" if told else "")
 
@@ -94,11 +99,19 @@ def row_of(job: Job) -> Row:
 
 def behind(first: Job, job: Job) -> Interval:
     """How much higher the mean of `first` is; records are drawn in pairs, so what makes some hard for both cancels."""
-    if [record.case_id for record in first.records] != [record.case_id for record in job.records]:
+    if any(len({same(one) for one in (first, job)}) > 1 for same in (_checksum, _cases)):
         return UNKNOWN
     pairs = zip(record_scores(first), record_scores(job), strict=True)
     differences = [[one[name] - other[name] for name in THREE] for one, other in pairs]
     return interval_of_mean_score(differences, job.config["seed"])
+
+
+def _checksum(job: Job) -> str:
+    return str(job.config["dataset"]["checksum"])
+
+
+def _cases(job: Job) -> tuple[str, ...]:
+    return tuple(record.case_id for record in job.records)
 
 
 def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:

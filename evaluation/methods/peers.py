@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,23 +48,25 @@ class Traits:
     memory: tuple[str, ...] = ()
 
 
+TEMPLATES = "CONTEXT_TEMPLATES_CACHE"
+LENGTHS = "context_template_length_params"  # the hyperparameter of the ROME family; WISE's stand in its code
+WISE_LENGTHS = [[5, 5], [10, 5]]
+
 TRAITS = {
-    "MEMIT": Traits(memory=("memit.memit_main:CONTEXT_TEMPLATES_CACHE",)),
-    "EMMET": Traits(memory=("emmet.emmet_main:CONTEXT_TEMPLATES_CACHE",)),
+    "MEMIT": Traits(memory=(f"memit.memit_main:{TEMPLATES}",)),
+    "EMMET": Traits(memory=(f"emmet.emmet_main:{TEMPLATES}",)),
     "AlphaEdit": Traits(
-        memory=tuple(
-            f"alphaedit.AlphaEdit_main:{name}" for name in ("CONTEXT_TEMPLATES_CACHE", "cache_c", "cache_c_new")
-        )
+        memory=tuple(f"alphaedit.AlphaEdit_main:{name}" for name in (TEMPLATES, "cache_c", "cache_c_new"))
     ),
-    "ROME": Traits(one_by_one=True, memory=("rome.rome_main:CONTEXT_TEMPLATES_CACHE",)),
-    "R-ROME": Traits(one_by_one=True, memory=("r_rome.r_rome_main:CONTEXT_TEMPLATES_CACHE",)),
-    "SimIE": Traits(one_by_one=True, memory=("rome.rome_main:CONTEXT_TEMPLATES_CACHE",)),
+    "ROME": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
+    "R-ROME": Traits(one_by_one=True, memory=(f"r_rome.r_rome_main:{TEMPLATES}",)),
+    "SimIE": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
     # Its side memory answers for a whole batch or for none of it, by the mean over all tokens.
     "WISE": Traits(
         alone=True,
         one_by_one=True,
         adapter=True,
-        memory=("wise.WISE:edit_history", "wise.WISE:merge_group_edit_history", "wise.utils:CONTEXT_TEMPLATES_CACHE"),
+        memory=("wise.WISE:edit_history", "wise.WISE:merge_group_edit_history", f"wise.utils:{TEMPLATES}"),
     ),
     # Looks at one place of the input, which it is told; its `generate` reads without a cache in the toolkit.
     "GRACE": Traits(alone=True, one_by_one=True, use_cache=False, adapter=True),
@@ -123,7 +126,21 @@ class Peer:
         return Asking(alone=self.traits.alone, use_cache=self.traits.use_cache, at=at)
 
     def prepare(self) -> None:
-        """The statistics are laid ready when it is made."""
+        """Sample the contexts that it puts before prompts; the statistics are laid ready when it is made.
+
+        Before the first state, so that no batch's time holds it, and every batch and process has the same ones.
+        """
+        for place in self.traits.memory:
+            module, name = _place(place)
+            if name == TEMPLATES and getattr(module, name) is None:
+                with self._quiet():
+                    self._sample_templates(module)
+
+    def _sample_templates(self, module: Any) -> None:
+        sample, lengths = module.get_context_templates, getattr(self._settings_parts()[-1], LENGTHS, None)
+        known = inspect.signature(sample).parameters
+        more = {"length_params": WISE_LENGTHS if lengths is None else lengths, "device": self.editor.model.device}
+        sample(self.model, self.tokenizer, **{name: value for name, value in more.items() if name in known})
 
     def edit(self, records: Sequence[Record]) -> None:
         self.edit_requests([record.request() for record in records])
@@ -160,12 +177,15 @@ class Peer:
         return {**request, "loc_prompt": self.loc_prompts[(self._calls - 1) % len(self.loc_prompts)]}
 
     def kept_bytes(self) -> int:
+        """Of what the method keeps for its edits beside the model's weights, which most methods change themselves."""
+        kept = [getattr(*_place(place), None) for place in self.traits.memory]
+        kept += [value for name, value in vars(self.hparams).items() if name.startswith("_simie_")]
         if not self.traits.adapter:
-            return 0  # the weights themselves are changed
+            return _bytes(kept)
         place, name = self._adapter_place()
         module = getattr(place, name)
-        inside = {id(p): p.numel() * p.element_size() for p in module.parameters()}
-        return sum(inside.values()) - sum(p.numel() * p.element_size() for p in list(module.parameters())[:1])
+        own = {key: value for key, value in vars(module).items() if key not in WISE_SCRATCH}
+        return _bytes([kept, own]) - _bytes(next(module.parameters()))
 
     # What the edits so far have made: kept between batches, so that a run can go on or start afresh.
 
@@ -201,6 +221,12 @@ class Peer:
             place, name = self._adapter_place()
             setattr(place, name, copy.deepcopy(state["adapter"]))
         parameters = dict(self.model.named_parameters())
+        if not parameters.keys() >= state["weights"].keys():
+            raise ValueError(
+                f"{self.name} puts modules of its own into the model, which a fresh process does not have; its run "
+                "cannot go on, and cannot start each batch from the unedited model: give again=true snapshots=0 and "
+                "protocol=consecutive"
+            )
         for name, value in state["weights"].items():
             parameters[name].copy_(value)
         for place_of, value in state["memory"].items():
@@ -278,7 +304,10 @@ class Peer:
         if self.algorithm == "WISE":
             hparams.sequential_edit = True
         if self.algorithm == "AlphaEdit":
-            hparams.P_loc = str(self._folder / "null_space_project.pt")  # where it writes it, in its working directory
+            projection = self._folder / "null_space_project.pt"  # where it writes it, in its working directory
+            if projection.is_file() and not zipfile.is_zipfile(projection):
+                projection.unlink()  # of a process killed while it wrote
+            hparams.P_loc = str(projection)
         return hparams
 
     def _written_file(self, config: dict[str, Any]) -> Path:
@@ -297,6 +326,27 @@ class Peer:
         """What the method prints goes to a file, so that progress stays readable."""
         with self._log.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             yield
+
+
+def _bytes(held: Any) -> int:
+    """Of all tensors in there, each counted once."""
+    found: dict[int, int] = {}
+    left, seen = [held], set[int]()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            storage = one.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(one, nn.Module):
+            left.append(vars(one))
+        elif isinstance(one, Mapping):
+            left += one.values()
+        elif isinstance(one, list | tuple | set):
+            left += one
+    return sum(found.values())
 
 
 def _place(where: str) -> tuple[Any, str]:

@@ -5,14 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from coachhook_plugin import CoachHooKHparams
 from coachhook_plugin.shipped import shipped_hparams
 from evaluation.methods import settings
 from evaluation.methods.settings import ALGORITHMS
 
 CONF = Path(__file__).parents[2] / "evaluation" / "conf"
-METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "method").glob("*.yaml")}
+METHODS = {
+    path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "method").glob("*.yaml") if path.stem != "other"
+}
+
+
+# Names, places, and where the text of the key statistics comes from.
+NOT_OF_THE_RULE = (
+    "alg_name",
+    "model_name",
+    "mom2_dataset",
+    "mom2_n_samples",
+    "stats_dir",
+    "lm_head_module",
+    "batch_size",
+)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -23,6 +39,22 @@ def test_every_method_has_settings_for_the_small_model_and_its_changes_fit(name:
     assert method["label"]
     assert found | (method["settings"] or {}) == found
     assert found["alg_name"].lower() in ALGORITHMS
+
+
+def test_memit_through_our_engine_has_the_settings_of_the_toolkits() -> None:
+    method = METHODS["memit-engine"]
+    ours = CoachHooKHparams.from_dict(settings(method["name"], "smollm2-135m", method["settings"])).to_dict()
+    theirs = settings("memit", "smollm2-135m")
+    shared = {name for name in theirs if name in ours and name not in NOT_OF_THE_RULE}
+    assert len(shared) > 12
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert (ours["use_hooks"], ours["accumulate"], ours["v_nll_threshold"]) == (False, False, 0)
+
+
+def test_the_papers_variants_take_the_steps_of_plain_adam() -> None:
+    plain = torch.optim.Adam([torch.zeros(1)]).defaults["betas"]
+    for name in ("coachhook-paper", "memit-engine"):
+        assert METHODS[name]["settings"]["v_betas"] == list(plain)
 
 
 def test_a_change_that_the_file_does_not_know_is_refused() -> None:
