@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from evaluation.data import Probe, Record
 from evaluation.journal import Folder
 from evaluation.metrics import Asking
-from evaluation.protocol import Plan, after_phase, batch_phase, measure, run
+from evaluation.protocol import Plan, after_phase, batch_phase, measure, peak_megabytes, reset_peak, run
 
 RECORDS = [
     Record(
@@ -157,3 +158,16 @@ def test_a_wrong_plan_is_refused() -> None:
         plan(batch_size=0)
     with pytest.raises(ValueError, match="evaluate_at"):
         plan(evaluate_at=(0,))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps one peak for each process")
+def test_the_peak_of_a_batch_is_not_that_of_what_came_before() -> None:
+    before = np.ones(200 * 2**17)  # 200 MiB
+    high = peak_megabytes()
+    del before
+    reset_peak()
+    low = peak_megabytes()
+    assert low < high - 150
+    held = np.ones(100 * 2**17)
+    assert peak_megabytes() > low + 90
+    del held

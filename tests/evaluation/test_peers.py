@@ -1,0 +1,110 @@
+"""The toolkit's own methods as a run sees them: set-up outside the time of an edit, states to go back to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+import zoo
+from torch import nn
+
+from evaluation.data import Record
+from evaluation.methods import Peer, settings
+from evaluation.methods.peers import TEMPLATES, _bytes, _place
+
+Start = Callable[..., Peer]
+needs_checkout = pytest.mark.skipif(
+    not os.environ.get("EASYEDIT_HOME"), reason="set EASYEDIT_HOME to a checkout of EasyEdit"
+)
+
+
+@pytest.fixture
+def peer(tmp_path: Path, tokenizer: Any) -> Start:
+    """A method of the toolkit on a tiny model."""
+    model = zoo.model("llama", len(tokenizer))
+    model.save_pretrained(tmp_path / "tiny-llama")
+    tokenizer.save_pretrained(tmp_path / "tiny-llama")
+    (tmp_path / "text.txt").write_text(zoo.TEXT, encoding="utf-8")
+    ours = zoo.hparams(tmp_path / "text.txt", layers=[1, 2], scope_budget=0.05)
+
+    def start(name: str, **changes: Any) -> Peer:
+        config = settings(name, "smollm2-135m", {**changes, "model_name": str(tmp_path / "tiny-llama")})
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "asked.yaml").write_text(yaml.safe_dump(config))
+        return Peer(config, ours, folder)
+
+    return start
+
+
+def memit(peer: Start) -> Peer:
+    return peer("memit", layers=[1, 2], v_loss_layer=3, v_num_grad_steps=2, lm_head_module="lm_head")
+
+
+def record(number: int) -> Record:
+    fact = zoo.FACTS[number]
+    return Record(f"r{number}", fact["prompt"], fact["subject"], fact["target_new"], "Seoul")
+
+
+def test_contexts_are_sampled_before_the_first_batch_and_stay(peer: Start) -> None:
+    method = memit(peer)
+    (place,) = [place for place in method.traits.memory if place.endswith(TEMPLATES)]
+    module, name = _place(place)
+    setattr(module, name, None)  # of another test
+    method.prepare()
+    sampled = getattr(module, name)
+    assert len(sampled[1]) == 5
+    start = method.state()
+    method.edit([record(0)])
+    method.restore(start)
+    assert getattr(module, name) == sampled
+    method.prepare()
+    assert getattr(module, name) == sampled
+
+
+def test_going_back_is_refused_where_a_method_has_changed_the_model_itself(peer: Start) -> None:
+    method = memit(peer)
+    state = method.state()
+    state["weights"]["somewhere.lora_A.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="MEMIT puts modules of its own into the model"):
+        method.restore(state)
+
+
+def test_memory_counts_every_tensor_once_wherever_it_is_kept() -> None:
+    layer = nn.Linear(3, 5, bias=False)  # 60 bytes
+    keys = torch.zeros(7, 3)  # 84 bytes, no parameter
+    holder = nn.Module()
+    holder.layer, holder.keys, holder.view, holder.itself = layer, keys, keys[2:], [holder]
+    assert _bytes(layer) == 60
+    assert _bytes({"a": [holder, keys], "b": (layer.weight, "text", None)}) == 144
+
+
+@needs_checkout
+def test_the_keys_that_grace_keeps_are_counted(peer: Start) -> None:
+    method = peer("grace", inner_params=["model.layers[2].mlp.down_proj.weight"], n_iter=2)
+    method.edit([record(0)])
+    place, name = method._adapter_place()
+    adapter: Any = getattr(place, name)
+    assert method.kept_bytes() >= _bytes([adapter.keys, adapter.values]) > _bytes(adapter.values) > 0
+    assert method.kept_bytes() < _bytes(method.model)
+
+
+@needs_checkout
+def test_a_projection_that_a_killed_process_left_half_written_is_made_again(peer: Start, tmp_path: Path) -> None:
+    layers = {"layers": [1, 2], "v_loss_layer": 3, "v_num_grad_steps": 2, "lm_head_module": "lm_head"}
+    (tmp_path / "alphaedit").mkdir()
+    half = tmp_path / "alphaedit" / "null_space_project.pt"
+    half.write_bytes(b"PK\\x03\\x04half")
+    method = peer("alphaedit", **layers)
+    assert not half.exists()
+    whole = tmp_path / "whole.pt"
+    torch.save({"a": torch.zeros(1)}, whole)
+    half.write_bytes(whole.read_bytes())
+    peer("alphaedit", **layers)
+    assert half.exists()
+    assert method.hparams.P_loc == str(half)
