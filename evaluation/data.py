@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,6 +58,7 @@ class Record:
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+    steps: tuple[str, ...] = ()  # case_ids of all edits that its portability follows from, if it takes several
 
     def request(self) -> dict[str, Any]:
         """The record as the toolkit's editors and `compute_edit_quality` take it: with one rephrasing, the first."""
@@ -83,6 +84,12 @@ class Records(list[Record]):
         self.skipped: Counter[str] = Counter() if skipped is None else skipped
 
 
+def answerable(records: Sequence[Record]) -> list[Record]:
+    """The records, without those questions in steps that also need edits which are not among them."""
+    there = {record.case_id for record in records}
+    return [record if there.issuperset(record.steps) else replace(record, portability=()) for record in records]
+
+
 def load_zsre(path: FilePath, limit: int | None = None) -> Records:
     """ZsRE in MEND's format: `subject, src, rephrase, alt, answers, loc, loc_ans`."""
     return _load(path, limit, _zsre)
@@ -104,7 +111,10 @@ def load_wikibigedit(path: FilePath, limit: int | None = None) -> Records:
 
 
 def load_mquake(path: FilePath, limit: int | None = None) -> Records:
-    """MQuAKE: an edit for each of a case's `requested_rewrite`; the multi-hop questions go with the last of them."""
+    """MQuAKE: an edit for each of a case's `requested_rewrite`; the multi-hop questions go with the last of them.
+
+    A case with a rewrite that cannot be edited loses its questions: not every step of them could be written.
+    """
     return _load(path, limit, _mquake)
 
 
@@ -122,7 +132,7 @@ def load_facts(limit: int | None = None) -> Records:
 
 
 def load_records(path: FilePath, limit: int | None = None) -> Records:
-    """Any of the shapes above, recognised by the fields of the first record."""
+    """Any of the shapes above, recognised by the fields of the first record and, for WISE's set, by the subjects."""
     return records_of(read_raw(path), path, limit)
 
 
@@ -131,7 +141,7 @@ def records_of(raw: list[Any], path: FilePath, limit: int | None = None, shape: 
 
     Args:
         path: what messages call it.
-        shape: one of `SHAPES`; recognised by the fields of the first record where not given.
+        shape: one of `SHAPES`; recognised as in `load_records` where not given.
     """
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; choose from {', '.join(SHAPES)}, or leave it out")
@@ -144,7 +154,8 @@ def _recognised(path: FilePath, raw: list[Any]) -> Read:
     if isinstance(first.raw.get("requested_rewrite"), list):
         read = _mquake
     elif "requested_rewrite" in first or "locality_prompt" in first:
-        read = _counterfact
+        # A subject of one word may look the same in either set: any record tells.
+        read = _hallucination if any(_named_as_file(item) for item in raw) else _counterfact
     elif "update" in first and "ans" in first:
         read = _wikibigedit
     elif "src" in first and "alt" in first:
@@ -157,9 +168,18 @@ def _recognised(path: FilePath, raw: list[Any]) -> Read:
         raise ValueError(
             f"{path}, record 0: the fields {sorted(first.raw)} fit no known data set; expected ZsRE (src, alt), "
             "CounterFact (requested_rewrite, or prompt and target_new), KnowEdit (prompt, target_new, locality), "
-            "WikiBigEdit (update, ans) or MQuAKE (a list of requested_rewrite)"
+            "WikiBigEdit (update, ans), MQuAKE (a list of requested_rewrite) or WISE's hallucination set (prompt, "
+            "target_new, locality_prompt, and file names as subjects)"
         )
     return read
+
+
+def _named_as_file(item: object) -> bool:
+    """Whether a record's subject is a file name ("ada_brun") where its prompt has spaces."""
+    prompt, named = (item.get("prompt"), item.get("subject")) if isinstance(item, dict) else (None, None)
+    if not isinstance(prompt, str) or not isinstance(named, str):
+        return False
+    return "_" in named and named not in prompt and named.replace("_", " ").lower() in prompt.lower()
 
 
 def _load(path: FilePath, limit: int | None, read: Read, raw: list[Any] | None = None) -> Records:
@@ -309,7 +329,6 @@ def _mquake(fields: _Fields) -> list[Record]:
         subject, template = rewrite.text("subject"), rewrite.text("prompt")
         if template.count("{}") != 1:
             raise rewrite.error("prompt", f"must hold the subject's place, {{}}, exactly once; got {template!r}")
-        last = number == len(rewrites) - 1
         found.append(
             Record(
                 case_id=fields.case_id() if len(rewrites) == 1 else f"{fields.case_id()}.{number}",
@@ -318,9 +337,10 @@ def _mquake(fields: _Fields) -> list[Record]:
                 target_new=rewrite.inner("target_new").text("str"),
                 ground_truth=rewrite.inner("target_true").text("str"),
                 rephrases=rewrite.texts("question"),
-                portability=hops if last else (),  # asked once every step of it is written
             )
         )
+    if all(_unusable(record) is None for record in found):  # asked once every step of them is written
+        found[-1] = replace(found[-1], portability=hops, steps=tuple(record.case_id for record in found))
     return found
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from .data import Probe, Record
+from .data import Probe, Record, answerable
 from .journal import Journal
 from .metrics import agreement
 from .protocol import BEFORE, Reading, after_phase
@@ -30,14 +30,23 @@ def entry_point(
     size = 1 if name == "edit" else batch_size
     if name == "batch_edit" and method.one_by_one:
         raise ValueError(f"the toolkit cannot edit batches with {method.name}; say protocol=edit")
-    known = inspect.signature(getattr(editor, name)).parameters
-    editor.hparams.batch_size = size
-    if name == "batch_edit" and "locality_inputs" not in known:
-        # The release's returns the scores of its last batch only: one call for each.
-        parts = [records[start : start + size] for start in range(0, len(records), size)]
-    else:
-        parts = [records]
-    return [metric for part in parts for metric in _edited(method, part, name, sequential)]
+    parts = [records[start : start + size] for start in range(0, len(records), size)]
+    if not sequential:
+        parts = [answerable(part) for part in parts]
+    if name == "edit":
+        parts = [[record for part in parts for record in part]]
+    # One call for each batch: the release's tells the scores of its last one only, UltraEdit's takes no short one.
+    found = []
+    for part in parts:
+        _set_batch_size(editor.hparams, min(size, len(part)))
+        found += _edited(method, part, name, sequential)
+    return found
+
+
+def _set_batch_size(hparams: Any, size: int) -> None:
+    hparams.batch_size = size
+    if hasattr(hparams, "batch_size_once"):  # UltraEdit cuts each batch once more, by this
+        hparams.batch_size_once = size
 
 
 def _edited(method: Any, records: Sequence[Record], name: str, sequential: bool) -> list[dict[str, Any]]:

@@ -25,9 +25,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data import Record
+from .data import Record, answerable
 from .journal import Journal, Memory, Phase
-from .metrics import Answer, Asking, agreement, answers, forward_seconds, generate, perplexity_of, window_losses
+from .metrics import (
+    Answer,
+    Asking,
+    agreement,
+    answers,
+    forward_seconds,
+    generate,
+    perplexity_of,
+    room_for,
+    window_losses,
+)
 
 METRICS = ("reliability", "generality", "locality", "portability")
 BEFORE = "before"
@@ -79,7 +89,7 @@ class Plan:
     reset: bool = False
     evaluate_at: tuple[int, ...] = ()  # score all edits so far after the batch that reaches each of these numbers
     rivals: bool = False  # also read the answers that success scores compare with
-    new_tokens: int = 0  # of free generation for every edited prompt; 0: none
+    new_tokens: int = 0  # of free generation for every edited prompt, more where the answer is longer; 0: none
     forward_repeats: int = 0  # forward passes that are timed; 0: none
     held_window: int = 512
     held_tokens: int = 4096
@@ -180,7 +190,7 @@ def run(method: EditingMethod, records: Sequence[Record], plan: Plan, journal: J
                 _edit(method, batch, number, plan, journal)
                 bar.update(len(batch))
             if plan.reset:
-                journal.keep(measure(method, batch, plan, batch_phase(number), len(batch)))
+                journal.keep(measure(method, answerable(batch), plan, batch_phase(number), len(batch)))
             elif is_step(reached, len(records), plan) and journal.phase(after_phase(reached)) is None:
                 journal.keep(measure(method, records[:reached], plan, after_phase(reached), reached))
 
@@ -249,7 +259,8 @@ def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: 
     ]
     if plan.new_tokens:
         prompts = [record.prompt for record in records]
-        for row, text in zip(rows, generate(model, tokenizer, prompts, plan.new_tokens, asking), strict=True):
+        room = [room_for(tokenizer, record.target_new, plan.new_tokens) for record in records]
+        for row, text in zip(rows, generate(model, tokenizer, prompts, room, asking), strict=True):
             row["generated"] = text
     if plan.extra is not None and name != BEFORE:
         for row, more in zip(rows, plan.extra(method, records), strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import FACTS, Record, Records, read_raw, records_of
+from .data import FACTS, Record, Records, answerable, read_raw, records_of
 
 FACTS_NAME = "facts"
 
@@ -61,7 +61,7 @@ def load_dataset(
     chosen = _chosen(len(found), edits, order)
     return Dataset(
         name=name,
-        records=[found[i] for i in chosen],
+        records=answerable([found[i] for i in chosen]),
         spare=_spare(found, set(chosen)),
         checksum=checksum,
         skipped=dict(found.skipped),

@@ -66,7 +66,7 @@ class Job:
         held = [phase.told.get("held", []) for phase in phases]
         seconds = [second for phase in phases for second in phase.told.get("forward_seconds", [])]
         told = {"edits": len(rows), "held": [window for windows in held for window in windows]}
-        return Phase("batches", {**told, "forward_seconds": seconds, "times": len(phases)}, rows)
+        return Phase("batches", {**told, "forward_seconds": seconds}, rows)
 
     @cached_property
     def toolkit(self) -> list[dict[str, Any]] | None:
@@ -99,4 +99,5 @@ def _json(path: Path) -> Any:
 
 def _record(told: dict[str, Any]) -> Record:
     probes = {name: tuple(Probe(**probe) for probe in told.pop(name)) for name in ("locality", "portability")}
-    return Record(**{**told, "rephrases": tuple(told["rephrases"])}, **probes)
+    texts = {name: tuple(told.pop(name, ())) for name in ("rephrases", "steps")}
+    return Record(**{**told, **texts, **probes})

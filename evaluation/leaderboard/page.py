@@ -18,6 +18,12 @@ from .rows import COLUMNS, SCORES, Row, record_scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
 GROUPS = ("prompt", "rephrases", "locality", "portability")
+PROTOCOLS = {
+    "consecutive": "all scores before the first edit, all edits, all scores after the last",
+    "single": "all scores before the first edit; then every batch starts from the unedited model and is scored alone",
+    "batch_edit": "the toolkit's own editor, which scores each batch right after it is written",
+    "edit": "the toolkit's own editor, which scores each edit right after it is written",
+}
 
 
 def page(title: str, rows: Sequence[Row], jobs: Sequence[Job], plots: Mapping[str, str]) -> str:
@@ -28,6 +34,7 @@ def page(title: str, rows: Sequence[Row], jobs: Sequence[Job], plots: Mapping[st
     """
     parts = {
         "title": html.escape(title),
+        "protocols": "\n".join(_protocol(name) for name in dict.fromkeys(row.protocol for row in rows)),
         "plots": "\n".join(_figure(name, svg) for name, svg in plots.items()),
         "data": embedded(_data(rows, jobs)),
     }
@@ -42,6 +49,12 @@ def embedded(value: Any) -> str:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
+
+
+def _protocol(name: str) -> str:
+    kind, _, sequential = name.partition(", ")
+    told = PROTOCOLS.get(kind, PROTOCOLS["consecutive"]) + ("; edits stay for the next" if sequential else "")
+    return f"<li><b>{html.escape(name)}</b>: {html.escape(told)}.</li>"
 
 
 def _figure(name: str, svg: str) -> str:

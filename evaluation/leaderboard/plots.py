@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 
+from ..metrics import interval_of_mean_score
 from .jobs import Job
 from .rows import THREE, Row, record_scores
 
@@ -46,10 +46,9 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     styles = _styles(rows)
     figure, axes = _figure(1, len(groups), 4.6, 4.0)
     for axis, group in zip(axes[0], groups, strict=True):
-        for row in (row for row in rows if row.title == group):
-            parts = [row.metrics[name] for name in ("reliability", "generality")]
-            known = [part for part in parts if part[0] == part[0]]
-            across, up = row.metrics["locality"], tuple(np.mean([part[i] for part in known]) for i in range(3))
+        for row, job in ((row, job) for row, job in zip(rows, jobs, strict=True) if row.title == group):
+            learned = [[one["reliability"], one["generality"]] for one in record_scores(job)]
+            across, up = row.metrics["locality"], interval_of_mean_score(learned, job.config["seed"])
             axis.errorbar(
                 across[0], up[0],
                 xerr=[[max(0, across[0] - across[1])], [max(0, across[2] - across[0])]],

@@ -166,21 +166,30 @@ def _toolkit_scores(post: dict[str, Any]) -> dict[str, float]:
 def costs(job: Job, seed: int) -> dict[str, Interval]:
     """What the edits cost: other text, time and memory."""
     if job.toolkit is not None:
-        times = [(metric["time"], job.done["batch_size"]) for metric in job.toolkit]
+        size = job.done["batch_size"]
+        chunks = [job.toolkit[start : start + size] for start in range(0, len(job.toolkit), size)]
+        times = [(chunk[0]["time"], len(chunk)) for chunk in chunks]  # each record tells the whole chunk's
         known = interval_of_ratio(times, seed=seed) if any(time for time, _ in times) else UNKNOWN
         return dict.fromkeys(COSTS, UNKNOWN) | {"seconds_per_edit": known}
     batches, before, after = job.journal.batches(), job.before, job.after
     assert before is not None
     assert after is not None
-    held = list(before.told.get("held", [])) * after.told.get("times", 1)
+    held = before.told.get("held", [])
+    ratio = interval_of_ratio(_by_window(after.told["held"], len(held)), held, seed) if held else UNKNOWN
     last = batches[-1]
     return {
-        "perplexity_ratio": interval_of_ratio(after.told["held"], held, seed) if held else UNKNOWN,
+        "perplexity_ratio": ratio,
         "seconds_per_edit": interval_of_ratio([(told["seconds"], told["edits"]) for told in batches], seed=seed),
         "forward_overhead": _overhead(before.told.get("forward_seconds", []), after.told.get("forward_seconds", [])),
         "kept_megabytes": (last["kept_megabytes"],) * 3,
         "peak_megabytes": (max(told["peak_megabytes"] for told in batches),) * 3,
     }
+
+
+def _by_window(read: Sequence[tuple[float, int]], windows: int) -> list[tuple[float, int]]:
+    """Sums over what was read of each window: single rounds read the same ones again after every batch."""
+    of_each = [read[window::windows] for window in range(windows)]
+    return [(sum(loss for loss, _ in of), sum(count for _, count in of)) for of in of_each]
 
 
 def _overhead(before: Sequence[float], after: Sequence[float]) -> Interval:

@@ -1,6 +1,6 @@
 """What is measured: answers under teacher forcing, free generation, perplexity and speed, and how sure a mean is."""
 
-from .generation import continuations, first_statement, generate, is_answered, starts_with
+from .generation import continuations, first_statement, generate, is_answered, room_for, starts_with
 from .intervals import Interval, interval_of_mean, interval_of_mean_score, interval_of_ratio
 from .success import Success, success
 from .teacher_forcing import Answer, Asking, agreement, answers
@@ -23,6 +23,7 @@ __all__ = [
     "is_answered",
     "perplexity",
     "perplexity_of",
+    "room_for",
     "starts_with",
     "success",
     "window_losses",

@@ -1,8 +1,8 @@
 """Free generation: what an edited model says when nobody feeds it the answer.
 
 The model writes greedily until it stops by itself. What counts is its first statement: the text up to its end token,
-a line break or the end of a sentence. It is compared with the answer as question answering does (SQuAD): without case,
-punctuation, articles and double spaces.
+a line break or the end of a sentence, except where the answer itself goes on ("St. Louis"). It is compared with the
+answer as question answering does (SQuAD): without case, punctuation, articles and double spaces.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from tqdm.auto import tqdm
 from .teacher_forcing import Asking
 
 NATURAL_STOP = re.compile(r"\n|[.!?;](?=\s|$)")
+SPARE = 4  # tokens beyond the answer's own: for its end, and for a model that spells it in more
 ROWS = 16  # prompts at once: reading the weights is what a step costs
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 12, asking: Asking | None = None
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int | Sequence[int] = 12, asking: Asking | None = None
 ) -> list[str]:
-    """Greedy continuations; prompts of equal length run together where the model's rows do not see each other."""
+    """Greedy continuations; prompts of equal length run together where the model's rows do not see each other.
+
+    Args:
+        tokens: how many at most; of all prompts, or of each.
+    """
     use_cache = asking.use_cache if asking is not None else True
     rows = continuations(model, tokenizer, prompts, tokens, use_cache, asking)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -36,7 +41,7 @@ def continuations(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    tokens: int = 12,
+    tokens: int | Sequence[int] = 12,
     use_cache: bool = True,
     asking: Asking | None = None,
 ) -> list[list[int]]:
@@ -45,6 +50,7 @@ def continuations(
     device = next(model.parameters()).device
     # Some tokenizers give more than a model's generate takes.
     ids = [tokenizer(prompt, return_token_type_ids=False)["input_ids"] for prompt in prompts]
+    most = [tokens] * len(ids) if isinstance(tokens, int) else tokens
     found: dict[int, list[int]] = {}
     with tqdm(total=len(ids), desc="generating" if use_cache else "generating without cache", leave=False) as bar:
         for rows in _alike(ids, 1 if asking.alone or asking.at is not None else ROWS):
@@ -54,15 +60,20 @@ def continuations(
             out = model.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
-                max_new_tokens=tokens,
+                max_new_tokens=max(most[i] for i in rows),
                 do_sample=False,
                 use_cache=use_cache,
                 pad_token_id=tokenizer.eos_token_id,
             )
             for i, row in zip(rows, out[:, given.shape[1] :].tolist(), strict=True):
-                found[i] = _up_to(row, _ends(model, tokenizer))
+                found[i] = _up_to(row[: most[i]], _ends(model, tokenizer))
             bar.update(len(rows))
     return [found[i] for i in range(len(ids))]
+
+
+def room_for(tokenizer: Any, answer: str, least: int) -> int:
+    """How many tokens a model needs to say `answer` and end there; at least `least`."""
+    return max(least, len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) + SPARE)
 
 
 def _alike(ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
@@ -86,16 +97,25 @@ def _up_to(row: list[int], ends: set[int]) -> list[int]:
     return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
-def first_statement(text: str) -> str:
-    """What is said before the first natural stop; a stop at the very beginning does not count."""
+def first_statement(text: str, answer: str = "") -> str:
+    """What is said before the first natural stop; none is where the text has said no more than `answer` has there.
+
+    A line break at the very beginning does not count.
+    """
     text = text.strip()
-    found = NATURAL_STOP.search(text)
+    inside = {
+        (stop[0], _plain(answer[: stop.start()]))
+        for stop in NATURAL_STOP.finditer(answer)
+        if _plain(answer[stop.end() :])
+    }
+    stops = (stop for stop in NATURAL_STOP.finditer(text) if (stop[0], _plain(text[: stop.start()])) not in inside)
+    found = next(stops, None)
     return (text[: found.start()] if found else text).strip()
 
 
 def is_answered(text: str, answer: str) -> bool:
     """Whether the first statement is the answer and nothing else."""
-    return _plain(first_statement(text)) == _plain(answer)
+    return _plain(first_statement(text, answer)) == _plain(answer)
 
 
 def starts_with(text: str, answer: str) -> bool:

@@ -37,6 +37,16 @@ def test_a_statement_ends_where_a_reader_would_end_it(text: str, statement: str)
         (" in Rome.", "Rome", False, False),
         (" a blacksmith\nHe", "blacksmith", True, True),
         ("", "Rome", False, False),
+        (" St. Louis. It is", "St. Louis", True, True),
+        (" the st. Louis\nIt is", "St. Louis", True, True),
+        (" J. R. R. Tolkien. He", "J. R. R. Tolkien", True, True),
+        (" J.R.R. Tolkien. He", "J. R. R. Tolkien", True, True),
+        (" A. Smith, it", "A. Smith", False, True),
+        (" St. Gallen. It", "St. Louis", False, False),
+        (" St\nLouis.", "St. Louis", False, True),
+        (" St. Louis and. Paris", "St. Louis", False, True),
+        (" New York. City of", "New York City of", False, True),  # the answer has no such point
+        (" Rome. Rome. Rome", "Rome.", True, True),
     ],
 )
 def test_an_answer_with_more_in_it_is_not_exact(text: str, answer: str, exact: bool, begins: bool) -> None:
@@ -53,6 +63,15 @@ def test_generation_stops_by_itself_and_not_only_at_the_limit(tiny: Callable[...
         model.lm_head.weight[tokenizer.eos_token_id] = 1
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     assert generate(model, tokenizer, ["The capital of France is"], 5) == [""]
+
+
+def test_each_prompt_is_continued_for_its_own_number_of_tokens(tiny: Callable[..., Any], tokenizer: Any) -> None:
+    """One long answer in a data set must not change what is said at the other prompts."""
+    model = tiny("llama").eval()
+    prompts, counts = ["Paris is in", "Paris is in", "The capital of France is"], (3, 9, 5)  # two run together
+    pairs = zip(prompts, counts, strict=True)
+    alone = [continuations(model, tokenizer, [prompt], count)[0] for prompt, count in pairs]
+    assert continuations(model, tokenizer, prompts, counts) == alone
 
 
 def test_a_method_is_told_where_each_prompt_ends(tiny: Callable[..., Any], tokenizer: Any) -> None:

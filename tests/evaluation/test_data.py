@@ -17,6 +17,7 @@ from evaluation.data import (
     Probe,
     Record,
     Records,
+    answerable,
     load_counterfact,
     load_facts,
     load_hallucination,
@@ -441,6 +442,36 @@ def test_mquake_asks_in_steps_only_when_every_step_is_written(tmp_path: Path) ->
     assert one.portability == ()
     assert other.portability == tuple(Probe("multi_hop", question, "Hull") for question in MQUAKE["questions"])
     assert len(load_records(write(tmp_path, [MQUAKE]), limit=1)) == 1
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_mquake_asks_nothing_in_steps_of_a_case_that_lacks_one(tmp_path: Path, broken: int) -> None:
+    """Whichever step cannot be written, the answer cannot follow."""
+    rewrites = [
+        {**rewrite, "subject": ""} if i == broken else rewrite for i, rewrite in enumerate(MQUAKE["requested_rewrite"])
+    ]
+    found = load_records(write(tmp_path, [{**MQUAKE, "requested_rewrite": rewrites}, {**MQUAKE, "case_id": 4}]))
+    assert found.skipped == {NO_SUBJECT: 1}
+    assert [record.case_id for record in found] == [f"3.{1 - broken}", "4.0", "4.1"]
+    assert [len(record.portability) for record in found] == [0, 0, 2]
+
+
+def test_questions_in_steps_go_where_all_steps_go(tmp_path: Path) -> None:
+    one, other = load_records(write(tmp_path, [MQUAKE]))
+    plain = Record("a", "Rome is in", "Rome", "Spain", portability=(Probe("hop", "Who rules Rome?", "A king"),))
+    assert answerable([one, other, plain]) == [one, other, plain]
+    assert answerable([other, plain]) == [dataclasses.replace(other, portability=()), plain]
+
+
+def test_hallucination_records_are_not_taken_for_counterfact(tmp_path: Path) -> None:
+    """Read as CounterFact, none of their subjects would be found."""
+    one_word = {**HALLUCINATION, "prompt": "A passage about brun. Brun was", "subject": "brun"}
+    path = write(tmp_path, [one_word, HALLUCINATION])
+    found = load_records(path)
+    assert found == load_hallucination(path)
+    assert [record.subject for record in found] == ["brun", "john russell brun"]
+    absent = {**FLAT, "prompt": "Somebody else is", "subject": "ada_brun"}
+    assert load_records(write(tmp_path, [absent, FLAT])).skipped == {SUBJECT_ABSENT: 1}
 
 
 def test_hallucination_subjects_are_found_in_their_passage(tmp_path: Path) -> None:

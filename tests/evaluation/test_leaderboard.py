@@ -182,6 +182,88 @@ def test_results_of_the_toolkits_own_editor_become_a_row(tmp_path: Path) -> None
     assert json.loads((tmp_path / "board/leaderboard.json").read_text())[0]["free_generation"] is None
 
 
+def test_a_batchs_time_in_the_toolkits_results_counts_once(tmp_path: Path) -> None:
+    """It stands beside each of the batch's records; the last batch may be short."""
+    folder = tmp_path / "board/jobs/a"
+    job(folder, "Theirs", 1)
+    shutil.rmtree(folder / "phases")
+    post: dict[str, Any] = {"rewrite_acc": [1.0], "locality": {}, "portability": {}}
+    times = (4.0, 4.0, 4.0, 5.0)
+    metrics = [{"case_id": f"r{i}", "pre": {}, "post": post, "time": time} for i, time in enumerate(times)]
+    (folder / TOOLKIT).write_text(json.dumps(metrics))
+    (folder / DONE).write_text(json.dumps({"batch_size": 3}))
+    (found,) = build(tmp_path / "board")
+    assert found.metrics["seconds_per_edit"] == pytest.approx(((4 + 5) / 4, 4 / 3, 5))
+
+
+def single(folder: Path, batches: int) -> None:
+    """A finished job of single rounds, all of which find the same in the held text."""
+    job(folder, f"Rounds of {batches}", 1, steps=())
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(yaml.safe_dump(config | {"protocol": {"name": "single"}}))
+    journal = Folder(folder)
+    for path in (folder / "phases").iterdir():
+        path.unlink()
+    held = [[100.0 + 9 * i, 50] for i in range(6)]
+    told = {"edits": 0, "held": held, "forward_seconds": []}
+    journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
+    after = [[loss + 5 * i, count] for i, (loss, count) in enumerate(held)]
+    for number in range(batches):
+        rows = [row(i, i < 1) for i in range(number * 4 // batches, (number + 1) * 4 // batches)]
+        journal.keep(Phase(f"batch-{number:06d}", {**told, "held": after}, rows))
+
+
+def test_reading_a_window_again_makes_no_perplexity_surer(tmp_path: Path) -> None:
+    """Single rounds read the same windows after every batch."""
+    for batches in (1, 4):
+        single(tmp_path / f"board/jobs/{batches}", batches)
+    one, other = (found.metrics["perplexity_ratio"] for found in build(tmp_path / "board"))
+    assert one == pytest.approx(other)
+    assert one[2] - one[1] > 0.1
+
+
+def test_the_trade_offs_interval_is_that_of_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each record's rephrasings make up for its prompt, nothing about their mean is uncertain."""
+    folder = tmp_path / "board/jobs/a"
+    job(folder, "Even", 1, steps=())
+    told = {"edits": 4, "held": [[100.0, 50], [120.0, 50]], "forward_seconds": []}
+    rows = [{**row(i, i % 2 == 0), "rephrases": [answer(i % 2 == 1)]} for i in range(4)]
+    Folder(folder).keep(Phase("after-000004", told, rows))
+    bars: dict[str, list[Any]] = {}
+
+    def look(figure: Any, path: Path) -> None:
+        bars[path.name] = [axis.containers[0] for axis in figure.axes]
+        save(figure, path)
+
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", look)
+    build(tmp_path / "board")
+    (bar,) = bars["trade-off"]
+    _, up = bar.lines[2]
+    assert list(bar.lines[0].get_ydata()) == [0.5]
+    assert up.get_segments()[0][:, 1] == pytest.approx([0.5, 0.5])
+
+
+def test_the_page_says_how_each_protocol_scores(tmp_path: Path) -> None:
+    job(tmp_path / "board/jobs/a", "Theirs", 1)
+    single(tmp_path / "board/jobs/b", 2)
+    job(tmp_path / "board/jobs/c", "Ours", 1)
+    for name, protocol in (("a", {"name": "batch_edit", "sequential": True}), ("c", {"name": "consecutive"})):
+        folder = tmp_path / "board/jobs" / name
+        told = yaml.safe_load((folder / CONFIG).read_text()) | {"protocol": protocol}
+        (folder / CONFIG).write_text(yaml.safe_dump(told))
+    build(tmp_path / "board")
+    text = (tmp_path / "board/leaderboard.html").read_text()
+    told = dict(re.findall(r"<li><b>(.*?)</b>: (.*?)</li>", text))
+    assert set(told) == {"batch_edit, sequential", "single", "consecutive"}
+    assert "right after" in told["batch_edit, sequential"]
+    assert "edits stay" in told["batch_edit, sequential"]
+    assert "unedited model" in told["single"]
+    assert "all scores after the last" in told["consecutive"]
+    (before,) = re.findall(r"<p>(Below each figure.*?)</p>", text, re.DOTALL)
+    assert "forward overhead" in before  # its range is no bootstrap interval
+
+
 def test_nothing_in_the_data_can_leave_its_script_element(board: Path) -> None:
     text = (board / "leaderboard.html").read_text()
     assert text.lower().count("<script") == text.lower().count("</script") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from evaluation.data import Probe, Record
 from evaluation.journal import Folder
-from evaluation.metrics import Asking
+from evaluation.metrics import Asking, generate, starts_with
 from evaluation.protocol import Plan, after_phase, batch_phase, measure, peak_megabytes, reset_peak, run
 
 RECORDS = [
@@ -138,6 +139,36 @@ def test_single_rounds_start_from_the_unedited_model(tmp_path: Path, method: Cal
     assert found is not None
     assert expected is not None
     assert found.rows == expected.rows
+
+
+def test_a_round_asks_no_question_whose_steps_it_does_not_hold(
+    tmp_path: Path, method: Callable[..., Drifting]
+) -> None:
+    hop = (Probe("multi_hop", "Who rules France?", "Ada"),)
+    cut, whole = (replace(RECORDS[i], portability=hop, steps=(f"r{i - 1}", f"r{i}")) for i in (2, 4))
+    records = [*RECORDS[:2], cut, RECORDS[3], whole]
+    run(method(), records, plan(reset=True, batch_size=2), Folder(tmp_path / "cut"))
+    run(method(), records, plan(reset=True, batch_size=5), Folder(tmp_path / "whole"))
+    asked = {
+        name: [
+            len(row["portability"])
+            for number in range(batches)
+            for row in Folder(tmp_path / name).phase(batch_phase(number)).rows  # type: ignore[union-attr]
+        ]
+        for name, batches in (("cut", 3), ("whole", 1))
+    }
+    assert asked == {"cut": [0, 0, 0, 0, 0], "whole": [0, 0, 1, 0, 1]}
+
+
+def test_a_long_answer_is_not_cut_before_its_end(method: Callable[..., Drifting]) -> None:
+    one = method()
+    said = generate(one.model, one.tokenizer, [RECORDS[0].prompt], 30)[0]
+    long = replace(RECORDS[0], target_new=" ".join(said.split()[:-1]))
+    assert len(one.tokenizer(long.target_new)["input_ids"]) > 20
+    short = RECORDS[1]
+    phase = measure(one, [long, short], plan(new_tokens=12), "before", 0)
+    assert starts_with(phase.rows[0]["generated"], long.target_new)
+    assert phase.rows[1]["generated"] == generate(one.model, one.tokenizer, [short.prompt], 12)[0]
 
 
 def test_a_phase_holds_a_line_for_each_record_and_only_json(tmp_path: Path, method: Callable[..., Drifting]) -> None:

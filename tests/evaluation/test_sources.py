@@ -55,6 +55,27 @@ def test_spread_takes_records_from_the_whole_file(file: Path) -> None:
     assert [record.subject for record in found.records] == ["Lake Quill", "Lake Oslar", "Lake Mirren"]
 
 
+def test_spread_asks_nothing_in_steps_that_were_left_out(tmp_path: Path) -> None:
+    rewrites = [
+        {"prompt": "{} lies in", "subject": name, "target_new": {"str": "Oslo"}, "target_true": {"str": "Rome"}}
+        for name in ("Lake Quill", "Lake Brent")
+    ]
+    steps = (rewrites[:1], rewrites, rewrites)
+    cases = [
+        {"case_id": i, "requested_rewrite": of, "questions": ["?"], "new_answer": "!"} for i, of in enumerate(steps)
+    ]
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(cases), encoding="utf-8")
+    asked = {
+        order: [
+            (one.case_id, len(one.portability))
+            for one in load_dataset("mquake", edits, str(path), order=order).records
+        ]
+        for order, edits in (("first", 3), ("spread", 2))
+    }
+    assert asked == {"first": [("0", 1), ("1.0", 0), ("1.1", 1)], "spread": [("0", 1), ("1.1", 0)]}
+
+
 def test_json_lines_are_read_as_a_list_is(tmp_path: Path, file: Path) -> None:
     lines = tmp_path / "set.jsonl"
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
