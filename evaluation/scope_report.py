@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-COLOURS = {"leverage": "#1b6ca8", "zscore": "#e08e45", "leverage-boundary": "#7fb3d5"}
+COLOURS = {"leverage": "#1b6ca8", "zscore": "#e08e45"}
 GROUP_COLOURS = {"edited": "#14505c", "rephrased": "#3a9188", "neighbours": "#c8553d", "text": "#8d6a9f"}
 
 
@@ -25,6 +25,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # How the residual is spread has no part in who is let in: one run of each scope tells it.
+    runs = list({(run["dataset"], run["settings"]["scope"]): run for run in reversed(runs)}.values())[::-1]
     datasets = list(dict.fromkeys(run["dataset"] for run in runs))
     scopes = list(dict.fromkeys(run["scope"] for run in runs))
     figure, axes = plt.subplots(
