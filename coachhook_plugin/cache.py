@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+TEMPORARY = r"[0-9a-f]{16}"  # what the name of a temporary neighbour ends in
+
 
 def cache_dir() -> Path:
     """`$COACHHOOK_CACHE`, or `~/.cache/coachhook`."""

@@ -40,7 +40,7 @@ class CoachHooKHparams:
     batch_size: int = 1
     max_length: int = 40
     evaluation_type: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)  # of the toolkit's judge; never written to a folder
 
     # Target values: MEMIT's objective.
     layer_selection: Literal["all"] = "all"
@@ -210,6 +210,7 @@ FREE = frozenset(
     }
 )
 PLACES = frozenset({"stats_dir", "session_dir", "save_path", "load_path"})  # a folder of edits holds what was there
+SECRETS = frozenset({"api_key"})
 
 
 def differing(in_force: CoachHooKHparams, given: CoachHooKHparams, free: frozenset[str] = FREE) -> list[str]:

@@ -253,13 +253,24 @@ class EditSession:
     @torch.inference_mode(False)
     def restore(self, state: SessionState) -> None:
         """Return to an earlier `state` of this session. Without edits in force nothing stays attached."""
-        self._check_living()
-        if not self._attached.fits(state.layers):
-            raise ValueError(
-                f"state: is that of a session on other layers or another model; give a `state` of {self!r} itself"
-            )
+        self._check_own(state)
         with self._changing(self.state):
             self._take(state)
+
+    @torch.inference_mode(False)
+    def show(self, state: SessionState) -> None:
+        """For a look at another `state` of this session: as `restore`, but the session's folder stays as it is.
+
+        Before the next edit, `show` the state that the folder tells of.
+        """
+        self._check_own(state)
+        before = self.state
+        with self._attached.answering():
+            try:
+                self._set(state)
+            except BaseException:
+                self._set(before)
+                raise
 
     def save(self, folder: str | Path, memory: bool = True) -> None:
         """Write the edits to a folder that `load_edits` reads, whole or not at all. The model itself is not in it.
@@ -270,8 +281,8 @@ class EditSession:
                 (m, m) in float64 and more.
 
         Raises:
-            ValueError: the folder cannot be written, another session writes to it, or the model was given other edits
-                than the session's (`load_state_dict`).
+            ValueError: the folder cannot be written, another session writes to it, other files there have the names of
+                those of edits, or the model was given other edits than the session's (`load_state_dict`).
         """
         self._check_living()
         self._check_shown()
@@ -322,6 +333,13 @@ class EditSession:
     def _check_living(self) -> None:
         if EditSession.of(self.model) is not self:
             raise ValueError("this session was detached from its model; start a new one with EditSession(model, ...)")
+
+    def _check_own(self, state: SessionState) -> None:
+        self._check_living()
+        if not self._attached.fits(state.layers):
+            raise ValueError(
+                f"state: is that of a session on other layers or another model; give a `state` of {self!r} itself"
+            )
 
     def _check_shown(self) -> None:
         state = self._state

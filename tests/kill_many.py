@@ -29,7 +29,7 @@ from coachhook_plugin.store import holds_edits
 
 STEPS = 14
 CALLS = ("fsync", "replace", "unlink", "rename", "rmdir")  # of the module os
-CALLS_OF_A_RUN = 110  # about as many as one undisturbed session makes
+CALLS_OF_A_RUN = 170  # about as many as one undisturbed session makes
 
 
 def started(folder: Path | None, text: Path, seed: int = 0) -> EditSession:

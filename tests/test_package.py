@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import coachhook_plugin
 
@@ -75,6 +78,23 @@ def test_what_is_exported_is_there() -> None:
     assert all(hasattr(coachhook_plugin, name) for name in coachhook_plugin.__all__)
     with pytest.raises(AttributeError, match="nothing_like_that"):
         _ = coachhook_plugin.nothing_like_that
+
+
+def test_what_the_package_imports_is_what_it_asks_to_be_installed() -> None:
+    """`pip install .` alone must do, and must not bring what only the evaluation or the tests need."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = {re.split(r"[^\w-]", line)[0].lower() for line in tomllib.loads(pyproject)["project"]["dependencies"]}
+    imported: set[str] = set()
+    for path in (ROOT / "coachhook_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).partition(".")[0])
+    others = imported - sys.stdlib_module_names - {"coachhook_plugin"}
+    names = {"yaml": "pyyaml"}
+    optional = {"easyeditor", "datasets", "gguf"}  # their absence is told when they are asked for
+    assert {names.get(name, name) for name in others} - optional == asked
 
 
 def test_only_the_toolkit_door_names_easyeditor() -> None:

@@ -43,7 +43,7 @@ def read_facts(path: Path) -> list[Fact]:
             continue
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for thousands of brackets in one another
             raise FactsError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(content, dict):
             raise FactsError(f"{path}, line {number}: expected an object with prompt, subject and target_new")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError, ImportError) as error:
         # A KeyError's own text would be quoted.
         return _failed(options, FAILED, str(error.args[0] if isinstance(error, KeyError) else error))
+    except (RuntimeError, MemoryError) as error:  # PyTorch's own, above all where memory ran out
+        return _failed(options, FAILED, _broken_off(error))
     print(json.dumps(answer) if options.json else options.tell(answer))
     return DONE
 
@@ -71,6 +74,13 @@ def _failed(options: argparse.Namespace, code: int, why: str) -> int:
         print(json.dumps({"error": why}))
     print(f"coachhook {options.command}: {why}", file=sys.stderr)
     return code
+
+
+def _broken_off(error: Exception) -> str:
+    what = str(error).partition("\n")[0] or type(error).__name__
+    short = isinstance(error, MemoryError) or "memory" in what
+    remedy = "; with a smaller --batch-size, or a smaller target_tokens in the hyperparameters, less is needed"
+    return f"broken off, whole batches are kept ({what}){remedy if short else ''}"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -108,7 +118,9 @@ def _tell_edit(answer: Answer) -> str:
     if answer["superseded"]:
         lines.append(f"superseded: {', '.join(answer['superseded'])}")
     if answer["outside_scope"]:
-        lines.append(f"outside the editing scope, and so without effect: {', '.join(answer['outside_scope'])}")
+        lines.append(
+            f"outside the editing scope when edited, and so without effect: {', '.join(answer['outside_scope'])}"
+        )
     return "\n".join([*lines, f"{answer['folder']}: {answer['in_force']} edits in force, step {answer['step']}"])
 
 
@@ -163,7 +175,7 @@ def _tell_show(answer: Answer) -> str:
 
 def _line(edit: Edit) -> str:
     status = edit.status if edit.by is None else f"{edit.status} by {'step ' * (edit.status == 'forgotten')}{edit.by}"
-    outside = "" if edit.in_scope else ", outside the scope"
+    outside = "" if edit.in_scope else ", outside the scope when edited"
     return f"{edit.id:<7} {edit.prompt} -> {edit.target_new}  [{status}{outside}; NLL {edit.nll:.3f}, {edit.time}]"
 
 
@@ -177,10 +189,10 @@ def _stats(options: argparse.Namespace) -> Answer:
         "steps": contents.snapshot.step,
         "edits": dict(Counter(edit.status for edit in ledger)),
         "subjects": len({edit.subject for edit in ledger if edit.in_force}),
-        "outside_scope": sum(edit.in_force and not edit.in_scope for edit in ledger),
+        "outside_scope_when_edited": sum(edit.in_force and not edit.in_scope for edit in ledger),
         "mean_nll": sum(nll) / len(nll) if nll else None,
         "worst_nll": max(nll, default=None),
-        "threshold": ledger[-1].threshold if ledger else None,
+        "threshold": _threshold(contents),
         "bytes_for_answers": sum(sizes.values()) - memory,
         "bytes_of_memory": memory,
     }
@@ -191,9 +203,11 @@ def _tell_stats(answer: Answer) -> str:
     rows = [f"{answer['steps']} steps; edits: {counts}"]
     if answer["mean_nll"] is not None:
         rows.append(
-            f"in force: {answer['subjects']} subjects, {answer['outside_scope']} outside the scope; "
-            f"NLL {answer['mean_nll']:.3f} on average, {answer['worst_nll']:.3f} at worst"
+            f"in force: {answer['subjects']} subjects, {answer['outside_scope_when_edited']} outside the scope when "
+            f"edited; NLL when edited {answer['mean_nll']:.3f} on average, {answer['worst_nll']:.3f} at worst"
         )
+    if answer["threshold"] is not None:
+        rows.append(f"the scope asks {answer['threshold']:.3f} of a token now")
     rows.append(f"{answer['bytes_for_answers']:,} bytes for answers, {answer['bytes_of_memory']:,} to go on editing")
     return "\n".join(rows)
 
@@ -240,11 +254,13 @@ def _tell_generate(answer: Answer) -> str:
 
 def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """A model by shipped name, folder or hub name, in the dtype that its edits are made in, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     if _is_shipped(name):
         name = CoachHooKHparams.from_hparams(name).model_name
-    model = AutoModelForCausalLM.from_pretrained(name).to(getattr(torch, dtype)).eval()
+    # Not `.to(dtype)`, which would round the rotary frequencies too. The argument's old name is warned of since 4.56.
+    argument = "torch_dtype" if __version__.startswith("4.") else "dtype"
+    model = AutoModelForCausalLM.from_pretrained(name, **{argument: getattr(torch, dtype)}).eval()
     try:
         model = model.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # an assertion where PyTorch comes without CUDA
@@ -263,7 +279,13 @@ def _session_to_edit(options: argparse.Namespace) -> Iterator[EditSession]:
         )
     given = options.hparams or (options.model if _is_shipped(options.model) or not going_on else None)
     hparams = None if given is None else CoachHooKHparams.from_hparams(given)
-    dtype = _agreed_dtype(options, hparams) if going_on else options.dtype or "float32"
+    if hparams is not None and hparams.model_parallel and not options.device:
+        raise ValueError(
+            "model_parallel: is true in the hyperparameters, but the command line loads a model onto one device; name "
+            "that with --device, or use EditSession with a model that was loaded with device_map"
+        )
+    usual = "float16" if hparams is not None and hparams.fp16 else "float32"
+    dtype = _agreed_dtype(options, hparams) if going_on else options.dtype or usual
     device = options.device or (None if hparams is None else hparams.torch_device())
     model, tokenizer = _loaded(options.model, dtype, device)
     if going_on:
@@ -313,6 +335,14 @@ def _state(options: argparse.Namespace, session: EditSession) -> Answer:
     return {"folder": str(options.folder), "in_force": len(session), "step": session.state.step}
 
 
+def _threshold(contents: Contents) -> float | None:
+    """What the scope asks of a token now (zscore: alpha), where there is one and it asks anything."""
+    scope = contents.snapshot.scope  # absent where the memory is: then the gates have it
+    told = [scope] if scope else list((contents.gates or {}).values())
+    found = [float(of[name].min()) for of in told for name in ("threshold", "alpha") if name in of]
+    return min(found) if found and math.isfinite(min(found)) else None
+
+
 def _sizes(folder: Path, contents: Contents) -> dict[str, int]:
     names = [file.name for file in contents.manifest.files.values()]
     names += [f"steps/{written.name}" for written in contents.trailing]
@@ -349,7 +379,11 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--out", type=Path, required=True, help="folder of the session; every batch is kept at once")
     edit.add_argument("--hparams", help="YAML file or shipped name; default: the one of the model's name")
     edit.add_argument("--batch-size", type=_positive, help="facts in a batch; default: that of the hyperparameters")
-    edit.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model; default: float32")
+    edit.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the model; default: float16 where the hyperparameters say fp16, else float32",
+    )
     edit.add_argument("--device", help="default: that of the hyperparameters")
     edit.add_argument(
         "--resume",

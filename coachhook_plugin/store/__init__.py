@@ -8,8 +8,10 @@
     ledger.jsonl                one line for every edit
     steps/*.safetensors         a session's batches since those files were written
 
-Where files are replaced, the new ones get a number in their names, and renaming the new config makes them count. Only
-safetensors and JSON; whatever is read has been compared with its checksum before.
+Where files are replaced, the new ones get a number in their names, and renaming the new config makes them count. While
+that goes on, a hidden list names the old and the new ones: so what a killed process leaves can be told from a user's
+own files of such names, which are never touched. Only safetensors and JSON; whatever is read has been compared with
+its checksum before.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..hparams import PLACES, CoachHooKHparams
+from ..cache import TEMPORARY
+from ..hparams import PLACES, SECRETS, CoachHooKHparams
 from ..ledger import Edit, Ledger
 from ..memory import KeyMemory
 from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
@@ -23,7 +24,9 @@ from .manifest import File, Manifest
 
 STEPS = "steps"
 OURS = re.compile(r"(hook_layers|memory)(-\d+)?\.safetensors|ledger(-\d+)?\.jsonl")
-UNFINISHED = re.compile(rf"\.({OURS.pattern}|{re.escape(manifests.NAME)})\.\w+")
+NUMBERED = re.compile(r"\w+-\d+\.\w+")  # among those
+UNDER_WAY = ".coachhook.unfinished"  # while files are replaced: names of old and new ones, which nobody else made
+UNFINISHED = re.compile(rf"\.({OURS.pattern}|{re.escape(manifests.NAME)}|{re.escape(UNDER_WAY)})\.{TEMPORARY}")
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,12 @@ def write(folder: Path, record: Record, memory: bool = True) -> Manifest:
     The caller holds the folder's lock.
 
     Raises:
-        FolderError: the folder cannot be written.
+        FolderError: the folder cannot be written, or the first edits there would replace somebody's file.
     """
     with writing(folder):
         before = Manifest.read(folder) if holds_edits(folder) else None
+        if before is None:
+            check_free(folder)
         revision = 1 if before is None else before.revision + 1
         state, history = record.state, record.state.history
         answers = None if history is None else history.answers
@@ -77,21 +82,25 @@ def write(folder: Path, record: Record, memory: bool = True) -> Manifest:
         }
         if memory and history is not None:
             tensors["memory"] = _going_on(history, record.constants)
-        taken = {file.name for file in before.files.values()} if before is not None else set()
         # Names that do not count yet, so that what counts stays whole until the new config does.
-        names = {role: _free(role, taken, revision) for role in tensors}
+        names = {role: _named(role, revision) for role in tensors}
+        counting = [] if before is None else [file.name for file in before.files.values()]
+        left = _under_way(folder)  # by a killed process
+        ours = {*left, *names.values(), *counting}
         try:
+            write_text(folder / UNDER_WAY, json.dumps(sorted(ours)))
             files = {role: _written(folder / names[role], content) for role, content in tensors.items()}
         except BaseException:
             for name in names.values():
                 remove(folder / name)
+            if not left:
+                remove(folder / UNDER_WAY)
             raise
         manifest = Manifest(
             base_model=record.base_model,
             dtype=record.dtype,
             fingerprint=record.fingerprint,
-            hparams={name: value for name, value in record.hparams.to_dict().items() if name not in PLACES}
-            | {"model_name": record.base_model, "device": None},
+            hparams=shared(record.hparams.to_dict()) | {"model_name": record.base_model, "device": None},
             prefixes=record.prefixes,
             step=state.step,
             edits=state.edits,
@@ -105,13 +114,43 @@ def write(folder: Path, record: Record, memory: bool = True) -> Manifest:
 
 
 def clean(folder: Path, manifest: Manifest, trailing: Collection[steps.Written]) -> None:
-    """Remove what a killed process left behind, and what nothing has a use for any more."""
+    """Remove what a killed process left behind, and what nothing has a use for any more.
+
+    A file without a number may be somebody else's: it goes only where `UNDER_WAY` names it.
+    """
     used = {file.name for file in manifest.files.values()} | {written.name for written in trailing}
-    for path in (*folder.glob("*"), *folder.glob(f"{STEPS}/*")):
-        ours = OURS if path.parent == folder else steps.NAME
-        unfinished = UNFINISHED if path.parent == folder else steps.UNFINISHED
-        if unfinished.fullmatch(path.name) or (ours.fullmatch(path.name) and path.name not in used):
+    ours = _under_way(folder)
+    for path in folder.glob("*"):
+        name = path.name
+        unused = name not in used and (name in ours or (OURS.fullmatch(name) and NUMBERED.fullmatch(name)))
+        if unused or UNFINISHED.fullmatch(name):
             remove(path)
+    for path in folder.glob(f"{STEPS}/*"):
+        unused = path.name not in used and steps.NAME.fullmatch(path.name)
+        if unused or steps.UNFINISHED.fullmatch(path.name):
+            remove(path)
+    remove(folder / UNDER_WAY)
+
+
+def check_free(folder: Path) -> None:
+    """For a folder without a config.
+
+    Raises:
+        FolderError: a file there would be replaced by edits, or taken for a part of them.
+    """
+    left = _under_way(folder)
+    others = [path for path in folder.glob("*") if OURS.fullmatch(path.name) and path.name not in left]
+    others += [path for path in folder.glob(f"{STEPS}/[!.]*.safetensors") if not steps.NAME.fullmatch(path.name)]
+    if others:
+        raise FolderError(
+            f"{min(others)}: in the way of edits, which keep a file of that name, and without {manifests.NAME} it is "
+            "not known to be theirs; move it elsewhere, or name another folder"
+        )
+
+
+def shared(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder tells of hyperparameters: neither places of this machine nor secrets."""
+    return {name: value for name, value in hparams.items() if name not in PLACES | SECRETS}
 
 
 def read(folder: Path) -> Contents:
@@ -172,13 +211,18 @@ def hparams_of(folder: Path, manifest: Manifest) -> CoachHooKHparams:
     """The hyperparameters that the edits of a folder were made with.
 
     Raises:
-        FolderError: a newer release has added to them.
+        FolderError: a newer release has added to them, or somebody a place to write to.
     """
     if new := set(manifest.hparams) - {f.name for f in fields(CoachHooKHparams)}:
         raise FolderError(
             f"{folder}: has hyperparameters that this release lacks ({', '.join(sorted(new))}); {manifests.UPDATE}"
         )
-    return CoachHooKHparams(**manifest.hparams)  # the model is there already: its name needs no looking up
+    if named := sorted(name for name in PLACES if manifest.hparams.get(name) is not None):
+        raise FolderError(
+            f"{folder / manifests.NAME}: damaged, it names places of its own ({', '.join(named)}), which no session "
+            "writes; restore the folder from a copy"
+        )
+    return CoachHooKHparams(**shared(manifest.hparams))  # the model is there: its name needs no looking up
 
 
 def _steps(folder: Path, manifest: Manifest) -> list[steps.Written]:
@@ -190,10 +234,19 @@ def _content(folder: Path, manifest: Manifest, role: str) -> bytes:
     return read_checked(folder / file.name, file.sha256)
 
 
-def _free(role: str, taken: Collection[str], revision: int) -> str:
+def _named(role: str, revision: int) -> str:
+    """A name that no earlier revision had, and only in the first that of a file which may be another's."""
     ending = "jsonl" if role == "ledger" else "safetensors"
-    name = f"{role}.{ending}"
-    return name if name not in taken else f"{role}-{revision}.{ending}"
+    return f"{role}.{ending}" if revision == 1 else f"{role}-{revision}.{ending}"
+
+
+def _under_way(folder: Path) -> set[str]:
+    """What `UNDER_WAY` names, where it is: our files, whether the config tells of them or not."""
+    try:
+        names = json.loads((folder / UNDER_WAY).read_bytes())
+        return {name for name in names if OURS.fullmatch(name)}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return set()
 
 
 def _written(path: Path, content: Tensors | str) -> File:

@@ -37,14 +37,20 @@ class Journal:
         """A journal in a folder that holds no edits yet.
 
         Raises:
-            FolderError: it does, another session writes there, or it cannot be written.
+            FolderError: it does, or files that edits would replace; another session writes there, or it cannot be
+                written.
         """
         journal = cls(folder)
-        if folders.holds_edits(journal.folder):
+        try:
+            if folders.holds_edits(journal.folder):
+                raise FolderError(
+                    f"session_dir: {folder} holds a session already; go on with EditSession.resume, or name another "
+                    "folder"
+                )
+            folders.check_free(journal.folder)
+        except BaseException:
             journal.close()
-            raise FolderError(
-                f"session_dir: {folder} holds a session already; go on with EditSession.resume, or name another folder"
-            )
+            raise
         return journal
 
     def adopt(self, contents: Contents) -> None:
@@ -105,7 +111,8 @@ class Journal:
     def _take_back(self, kept: int) -> None:
         assert self._manifest is not None
         names = [written.name for written in self._trailing[:kept]]
-        manifest = replace(self._manifest, steps=names, revision=self._manifest.revision + 1)
+        hparams = folders.shared(self._manifest.hparams)  # earlier releases kept secrets there
+        manifest = replace(self._manifest, hparams=hparams, steps=names, revision=self._manifest.revision + 1)
         self._manifest = None
         with writing(self.folder):
             manifest.write(self.folder)

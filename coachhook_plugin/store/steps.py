@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from ..cache import TEMPORARY
 from ..ledger import Edit
 from ..state import Factors, Step
 from .files import FolderError, read_checked, read_tensors, remove, write_bytes
 
 NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
-UNFINISHED = re.compile(rf"\.{NAME.pattern}\.\w+")
+UNFINISHED = re.compile(rf"\.{NAME.pattern}\.{TEMPORARY}")
 RECORD = "record"  # JSON in a tensor: what is no tensor
 
 

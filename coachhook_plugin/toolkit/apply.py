@@ -35,14 +35,15 @@ class Run:
     save_path: str | None = None  # folder for the edits that stay
 
     def step_back(self, session: EditSession, before: SessionState) -> None:
-        """Show the model as it was before its newest batch, until `rejoin`."""
+        """Show the model as it was before its newest batch, until `rejoin`; in its folder the batch stays."""
         self.aside = (session, session.state)
-        session.restore(before)
+        session.show(before)
 
     def rejoin(self) -> None:
         if self.aside is not None:
-            (session, state), self.aside = self.aside, None
-            session.restore(state)
+            session, state = self.aside
+            session.show(state)
+            self.aside = None
 
     def close(self) -> None:
         """Leave the edits that stay, and only those."""

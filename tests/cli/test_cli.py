@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 import zoo
+from plain import raising_at
+from transformers import AutoModelForCausalLM
 
 import coachhook_plugin.target
 from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.cli import main
 from coachhook_plugin.cli.facts import Fact, batches
+from coachhook_plugin.cli.main import _loaded
 from coachhook_plugin.tokens import Request
 
 
@@ -147,7 +152,7 @@ def test_a_fact_that_fails_while_it_is_written_is_named_by_its_line(
     assert run("inspect", str(work / "edits"))[1]["in_force"] == 2
 
 
-def test_a_subject_outside_the_scope_is_told_by_its_line(work: Path) -> None:
+def test_a_subject_outside_the_scope_is_told_by_its_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hidden = {"prompt": "The best dish", "subject": "The", "target_new": "Rome"}  # as every other first "The"
     write(work, [zoo.FACTS[0], "", "", hidden])
     hparams = yaml.safe_load((work / "tiny.yaml").read_text()) | {"scope_budget": 0.001}
@@ -156,12 +161,40 @@ def test_a_subject_outside_the_scope_is_told_by_its_line(work: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "\nline 4, subject: 'The' lies outside" in f"\n{done.stderr}"
+    for command, said in (
+        (["show", str(work / "edits"), "best dish"], "[in force, outside the scope when edited; NLL"),
+        (["stats", str(work / "edits")], " outside the scope when edited; NLL"),
+    ):
+        assert main(command) == 0
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scope", ["leverage", "zscore"])
+def test_the_threshold_is_todays_and_not_that_of_the_last_edit(
+    work: Path, run: Any, tiny: Any, tokenizer: Any, scope: str
+) -> None:
+    hparams = yaml.safe_load((work / "tiny.yaml").read_text()) | {"scope": scope}
+    (work / "tiny.yaml").write_text(yaml.safe_dump(hparams))
+    edits = str(work / "edits")
+    assert run(*edit(work))[0] == 0
+    assert run("forget", edits, "1-1", "2-1")[0] == 0
+    session = load_edits(tiny(), edits, tokenizer)
+    now = session._scope.asked(session.state.scope)
+    assert run("stats", edits)[1]["threshold"] == now
+    if scope == "leverage":
+        assert now != session.ledger[-1].threshold
+    session.save(work / "bare", memory=False)
+    assert run("stats", str(work / "bare"))[1]["threshold"] == pytest.approx(now, rel=1e-6)
+    session.rollback(to=0)
+    session.save(work / "bare")
+    assert run("stats", str(work / "bare"))[1]["threshold"] == (None if scope == "leverage" else hparams["alpha"])
 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
         (["{not json"], "line 1: not JSON"),
+        ([zoo.FACTS[0], "[" * 100_000], "line 2: not JSON"),
         ([zoo.FACTS[0], "", '["a list"]'], "line 3: expected an object with prompt, subject and target_new"),
         ([zoo.FACTS[0], {"prompt": "Ada is", "subject": "Ada"}], "line 2, field 'target_new' is missing"),
         ([{**zoo.FACTS[0], "subject": "Nobody"}], "line 1, subject: 'Nobody' is not in the prompt"),
@@ -233,6 +266,71 @@ def test_a_device_that_is_not_there_is_named(work: Path, run: Any, device: str) 
     code, answer = run(*edit(work, "--device", device))
     assert code == 1
     assert f"device: {device} cannot be used" in answer["error"]
+
+
+def test_a_model_in_16_bits_is_the_one_that_transformers_loads(work: Path) -> None:
+    """`.to(dtype)` would round the rotary frequencies, which transformers keeps in 32 bits."""
+    expected = AutoModelForCausalLM.from_pretrained(work / "model", torch_dtype=torch.bfloat16)
+    found, _ = _loaded(str(work / "model"), "bfloat16", None)
+    for one, other in (
+        (found.named_parameters(), expected.named_parameters()),
+        (found.named_buffers(), expected.named_buffers()),
+    ):
+        told, wanted = dict(one), dict(other)
+        assert told.keys() == wanted.keys()
+        assert all(told[name].dtype == wanted[name].dtype for name in wanted)
+        assert all(torch.equal(told[name], wanted[name]) for name in wanted)
+    assert found.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert found.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_hyperparameters_choose_the_dtype_unless_the_command_does(work: Path, run: Any) -> None:
+    hparams = yaml.safe_load((work / "tiny.yaml").read_text())
+    write(work, zoo.FACTS[:1])
+    for fp16, given, expected in (
+        (True, [], "float16"),
+        (True, ["--dtype", "bfloat16"], "bfloat16"),
+        (False, [], "float32"),
+    ):
+        (work / "tiny.yaml").write_text(yaml.safe_dump({**hparams, "fp16": fp16}))
+        code, answer = run(*edit(work, *given))
+        assert code == 0, answer
+        assert run("inspect", str(work / "edits"))[1]["dtype"] == expected
+        shutil.rmtree(work / "edits")
+
+
+def test_a_model_spread_over_devices_is_refused_unless_one_is_named(work: Path, run: Any) -> None:
+    hparams = yaml.safe_load((work / "tiny.yaml").read_text())
+    (work / "tiny.yaml").write_text(yaml.safe_dump({**hparams, "model_parallel": True}))
+    write(work, zoo.FACTS[:1])
+    code, answer = run(*edit(work))
+    assert code == 1
+    assert "model_parallel: is true" in answer["error"]
+    assert "--device" in answer["error"]
+    assert not (work / "edits").exists()
+    assert run(*edit(work, "--device", "cpu"))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more"), "less is needed"),
+        (MemoryError(), "(MemoryError); with a smaller --batch-size"),
+        (RuntimeError("shapes cannot be multiplied"), "(shapes cannot be multiplied)"),
+        (RecursionError("maximum recursion depth exceeded"), "(maximum recursion depth exceeded)"),
+    ],
+    ids=["cuda", "cpu", "shapes", "recursion"],
+)
+def test_what_breaks_off_inside_pytorch_is_told_in_one_sentence_and_keeps_whole_batches(
+    work: Path, run: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    with monkeypatch.context() as patch, raising_at(patch, coachhook_plugin.target, "_solve", 1, error):
+        code, answer = run(*edit(work))
+    assert code == 1
+    assert "\n" not in answer["error"]
+    assert said in answer["error"]
+    assert "whole batches are kept" in answer["error"]
+    assert run("inspect", str(work / "edits"))[1]["in_force"] == 2
 
 
 def test_an_interrupted_run_keeps_its_whole_batches(work: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

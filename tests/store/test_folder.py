@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from kill_many import kill_at_call
 from plain import bits, hook_layers, logits_of, photograph, photograph_session
 from safetensors.torch import load_file, save
 
@@ -297,6 +301,123 @@ def test_edits_that_came_by_load_state_dict_are_not_saved_as_the_sessions(
     session.save(tmp_path)
 
 
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [LEDGER, MEMORY, LAYERS, "memory-2.safetensors", "ledger-17.jsonl", "steps/adapter.safetensors"],
+)
+def test_a_users_own_file_is_neither_replaced_nor_removed_by_the_first_edits_of_a_folder(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    session = start()
+    session.edit(facts[:1])
+    acts: list[Callable[[], Any]] = [
+        lambda: session.save(tmp_path),
+        lambda: session.save(tmp_path, memory=False),
+        lambda: session.keep_in(tmp_path),
+        lambda: start(session_dir=str(tmp_path)),
+    ]
+    for act in acts:
+        with pytest.raises(FolderError, match=rf"{re.escape(name)}: in the way of edits.*move it elsewhere"):
+            act()
+        assert {**contents_of(tmp_path), ".coachhook.lock": b""} == {name: b"mine", ".coachhook.lock": b""}
+    (tmp_path / name).unlink()
+    session.save(tmp_path)
+    assert len(load_edits(tiny(), tmp_path)) == 1
+
+
+def test_a_users_own_file_beside_edits_stays_whatever_is_saved_there(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start()
+    session.edit(facts[:1])
+    session.save(tmp_path, memory=False)
+    own = [MEMORY, f".{MEMORY}.backup", "ledger.jsonl.txt"]
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    for fact in facts[1:]:
+        session.edit([fact])
+        session.save(tmp_path)
+    assert len(load_edits(tiny(), tmp_path, session.tokenizer)) == 4
+    assert {(tmp_path / name).read_text() for name in own} == {"mine"}
+    told = {file["name"] for file in json.loads((tmp_path / CONFIG).read_text())["files"].values()}
+    assert set(contents_of(tmp_path)) == {*own, *told, CONFIG, ".coachhook.lock"}
+
+
+@pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
+def test_a_save_killed_at_any_moment_leaves_a_folder_that_can_be_saved_to_and_nothing_in_it_for_good(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, before: int
+) -> None:
+    session = start(v_num_grad_steps=1)
+    session.edit(facts[:1])
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for _ in range(before):
+        session.save(begun)
+    session.edit(facts[1:2])
+    left_behind = 0
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        shutil.copytree(begun, folder)
+        pid = os.fork()
+        if not pid:
+            try:
+                kill_at_call((number + 1) // 2, after=number % 2 == 0)
+                session.save(folder)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        told = {".coachhook.lock", *told_by(folder)}
+        left_behind += set(contents_of(folder)) > told
+        if before and number % 3 == 0:  # opening it clears up too
+            EditSession.resume(folder, tiny(), session.tokenizer, progress=False).detach()
+            assert set(contents_of(folder)) == {".coachhook.lock", *told_by(folder)}, number
+        session.save(folder)
+        assert set(contents_of(folder)) == {".coachhook.lock", *told_by(folder)}, number
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert code == 0
+    assert left_behind > 8
+
+
+def told_by(folder: Path) -> set[str]:
+    """The config, where it is, and what it names."""
+    if not (folder / CONFIG).exists():
+        return set()
+    return {CONFIG, *(file["name"] for file in json.loads((folder / CONFIG).read_text())["files"].values())}
+
+
+def test_no_secret_gets_into_a_folder_nor_out_of_one(start: Start, tiny: Any, facts: Facts, tmp_path: Path) -> None:
+    session = start(session_dir=str(tmp_path / "run"), api_key="sk-secret")
+    for fact in facts[:3]:
+        session.edit([fact])
+    session.save(tmp_path / "edits")
+    session.rollback(to=2)
+    session.close()
+    assert not any(b"sk-" in content for content in contents_of(tmp_path).values())
+    assert "sk-" not in repr(session.hparams)
+    hparams = json.loads((tmp_path / "run" / CONFIG).read_text())["hparams"]
+    old = tmp_path / "old"  # by a release that wrote it
+    other = start(session_dir=str(old))
+    other.edit(facts[:1])
+    other.close()
+    rewrite(old, hparams={**hparams, "api_key": "sk-old"})
+    again = EditSession.resume(old, tiny(), session.tokenizer, progress=False)
+    assert again.hparams.api_key is None
+    again.edit(facts[1:2])
+    again.edit(facts[2:3])
+    again.rollback(to=2)  # the config is written anew, with what it told
+    assert not any(b"sk-" in content for content in contents_of(old).values())
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_a_folder_can_be_read_by_whom_the_umask_lets(start: Start, facts: Facts, tmp_path: Path) -> None:
     session = start(session_dir=str(tmp_path / "run"))
@@ -359,6 +480,18 @@ def test_what_a_newer_release_added_is_not_called_damage(saved: Path, tiny: Any)
     refused(tiny(), saved, r"hyperparameters that this release lacks \(new_knob\); update coachhook-plugin")
     rewrite(saved, tags=[])
     refused(tiny(), saved, r"entries that this release lacks \(tags\); update coachhook-plugin")
+
+
+@pytest.mark.parametrize("place", ["session_dir", "save_path", "load_path", "stats_dir"])
+def test_a_folder_cannot_make_its_reader_write_elsewhere(saved: Path, tiny: Any, tmp_path: Path, place: str) -> None:
+    hparams = json.loads((saved / CONFIG).read_text())["hparams"]
+    rewrite(saved, hparams={**hparams, place: str(tmp_path / "elsewhere")})
+    refused(tiny(), saved, rf"coachhook_config\.json: damaged, it names places of its own \({place}\)")
+    with pytest.raises(FolderError, match=place):
+        EditSession.resume(saved, tiny())
+    assert not (tmp_path / "elsewhere").exists()
+    rewrite(saved, hparams={**hparams, place: None})
+    assert len(load_edits(tiny(), saved)) == 3
 
 
 @pytest.mark.parametrize("name", [CONFIG, LAYERS, MEMORY, LEDGER])

@@ -147,6 +147,34 @@ def test_going_back_and_elsewhere_leaves_no_trace_of_what_was_taken_back(
     assert told(resume(tmp_path)) == expected
 
 
+@pytest.mark.parametrize("history_steps", [1, 100])
+def test_a_look_at_an_earlier_state_takes_nothing_off_the_disk(
+    start: Start, resume: Any, facts: Facts, tmp_path: Path, history_steps: int
+) -> None:
+    session = start(session_dir=str(tmp_path), history_steps=history_steps)
+    untroubled = start(history_steps=history_steps)
+    for fact in facts[:2]:
+        untroubled.edit([fact])
+        before = session.state
+        session.edit([fact])
+    newest, expected = session.state, told(session)
+    on_disk = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    session.show(before)
+    assert len(session) == 1
+    assert answers(session) != expected[-1]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == on_disk
+    assert told(load_edits(plain_model(session), tmp_path, session.tokenizer)) == expected
+    session.show(newest)
+    assert told(session) == expected
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == on_disk
+    for one in (session, untroubled):
+        one.edit(facts[2:])
+    session.detach()
+    assert told(resume(tmp_path)) == told(untroubled)
+    with pytest.raises(ValueError, match="other layers or another model"):
+        start(layers=[0]).show(newest)
+
+
 def test_what_a_killed_rollback_leaves_is_neither_counted_nor_kept(
     start: Start, resume: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from toolkit_bench import (
 
 from coachhook_plugin import CoachHooKHparams, EditSession
 from coachhook_plugin import toolkit as plugin
+from coachhook_plugin.store import holds_edits, read
 
 BOTH, HEAD, RELEASE = ("head", "release"), ("head",), ("release",)
 Scenario = Callable[["Bench"], None]
@@ -590,6 +591,26 @@ def a_run_that_was_cut_off_goes_on_in_its_session_folder(bench: Bench) -> None:
     assert len(session) == 4
     session.rollback(to=done)
     assert_same(appearance(again.model), expected)
+
+
+@scenario()
+def a_batch_that_landed_stays_on_the_disk_while_the_model_is_scored_without_it(bench: Bench) -> None:
+    folder = bench.folder / "durable"
+    editor = bench.editor(session_dir=str(folder), batch_size=2, **QUICK)
+    seen: list[tuple[int, int]] = []
+
+    def look(n: int, model: Any) -> None:
+        on_disk = len(read(folder).snapshot.ledger) if holds_edits(folder) else 0
+        seen.append((edits_in_force(editor), on_disk))
+
+    with bench.scoring(look):
+        editor.batch_edit(sequential_edit=True, **facts(4))
+    landed = 0
+    for shown, on_disk in seen:  # as a process killed at this moment would leave it
+        landed = max(landed, shown)
+        assert on_disk >= landed, seen
+    assert landed == 4
+    assert edits_in_force(editor) == 4
 
 
 def random_numbers() -> list[Any]:
