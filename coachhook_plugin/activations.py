@@ -31,7 +31,7 @@ def subject_keys(
     Args:
         budget: tokens in one forward pass.
         looks_ahead: whether tokens behind the subject can change what it is answered.
-        trees: whether the model may run token trees (`observation.Comparison`).
+        trees: whether the model may run token trees (`target.Targets`).
     """
     rows = [[_row(encoder, prefix, request, looks_ahead) for prefix in ("", *prefixes)] for request in requests]
     keys = []

@@ -22,8 +22,6 @@ class Architecture:
 
     block: str
     projection: str  # MLP output projection: the linear map W0 (d x m) whose input is the key
-    mlp: str
-    attention: str
     final_norm: str
     head: str
 
@@ -32,8 +30,6 @@ def _llama(projection: str = "down_proj", final_norm: str = "norm") -> Architect
     return Architecture(
         block="model.layers.{}",
         projection=f"model.layers.{{}}.mlp.{projection}",
-        mlp="model.layers.{}.mlp",
-        attention="model.layers.{}.self_attn",
         final_norm=f"model.{final_norm}",
         head="lm_head",
     )
@@ -43,8 +39,6 @@ def _gpt2(projection: str) -> Architecture:
     return Architecture(
         block="transformer.h.{}",
         projection=f"transformer.h.{{}}.mlp.{projection}",
-        mlp="transformer.h.{}.mlp",
-        attention="transformer.h.{}.attn",
         final_norm="transformer.ln_f",
         head="lm_head",
     )
@@ -57,16 +51,12 @@ FAMILIES: dict[str, Architecture] = {
     "gpt_neox": Architecture(
         block="gpt_neox.layers.{}",
         projection="gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        mlp="gpt_neox.layers.{}.mlp",
-        attention="gpt_neox.layers.{}.attention",
         final_norm="gpt_neox.final_layer_norm",
         head="embed_out",
     ),
     "opt": Architecture(
         block="model.decoder.layers.{}",
         projection="model.decoder.layers.{}.fc2",
-        mlp="model.decoder.layers.{}.fc1",
-        attention="model.decoder.layers.{}.self_attn",
         final_norm="model.decoder.final_layer_norm",
         head="lm_head",
     ),
@@ -130,7 +120,7 @@ def model_parts(model: nn.Module, hparams: CoachHooKHparams) -> ModelParts:
         )
     projections = {layer: _module(model, names.projection.format(layer)) for layer in hparams.edited_layers}
     for layer, projection in projections.items():
-        if not isinstance(projection, nn.Linear | Conv1D):
+        if not _is_plain(projection):
             raise ValueError(
                 f"{names.projection.format(layer)} is a {type(projection).__name__}; a plain linear layer is needed"
                 " (quantised weights cannot be edited: load the model in 16 or 32 bits)"
@@ -145,6 +135,16 @@ def model_parts(model: nn.Module, hparams: CoachHooKHparams) -> ModelParts:
         logit_cap=getattr(config, "final_logit_softcapping", None),
         logit_divisor=getattr(config, "logits_scaling", None) or 1.0,
     )
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether it holds its weight as numbers of 16 bits or more; quantised layers are linear ones by name as well."""
+    if not isinstance(projection, nn.Linear | Conv1D):
+        return False
+    linear = isinstance(projection, nn.Linear)
+    shape = (projection.out_features, projection.in_features) if linear else (projection.nx, projection.nf)
+    weight = projection.weight
+    return weight.is_floating_point() and weight.element_size() > 1 and tuple(weight.shape) == shape
 
 
 def weight_device(projection: nn.Module) -> torch.device:
@@ -185,15 +185,12 @@ def _names(model: nn.Module, hparams: CoachHooKHparams) -> Architecture:
     given = {
         "block": hparams.layer_module_tmp,
         "projection": hparams.rewrite_module_tmp,
-        "mlp": hparams.mlp_module_tmp,
-        "attention": hparams.attn_module_tmp,
         "final_norm": hparams.ln_f_module,
         "head": hparams.lm_head_module,
     }
     family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     row = FAMILIES.get(family)
-    needed = ("block", "projection", "final_norm", "head")
-    if row is None and not all(given[name] for name in needed):
+    if row is None and not all(given.values()):
         raise KeyError(
             f"unknown model family {family!r} (known: {', '.join(sorted(FAMILIES))}); name its modules with "
             "layer_module_tmp, rewrite_module_tmp, ln_f_module and lm_head_module"

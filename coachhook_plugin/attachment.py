@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +13,8 @@ from .architectures import weight_shape
 from .hook import HookLayer, Mode
 from .in_place import InPlaceLayer
 from .scope import Scope, ScopeState
+from .silence import Silence
 from .state import LayerState, SessionState
-
-
-class _Bodies:
-    """How many bodies of `disabled` are being run; a copy of the model is in none of them."""
-
-    open = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
 
 
 class Attachment:
@@ -38,7 +29,7 @@ class Attachment:
         self._written: dict[int, InPlaceLayer] = {}
         self._projections = projections
         self._scope: Scope | None = None
-        self._bodies = _Bodies()
+        self._silence = Silence()
 
     def attach(self, scope: Scope | None) -> None:
         """Hang hook layers as they are before any edit, where there are none; without a scope write in place."""
@@ -50,7 +41,7 @@ class Attachment:
         self._scope = scope
         scope.attach()
         for layer, projection in self._projections.items():
-            self.hooks[layer] = HookLayer(projection, scope.gate(layer))
+            self.hooks[layer] = HookLayer(projection, scope.gate(layer), self._silence)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what was compiled before does not look for new hooks
 
@@ -109,34 +100,25 @@ class Attachment:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model inside the `with` body, whatever is attached or released there; afterwards the edits."""
-        self._bodies.open += 1
-        self._settle()
-        try:
+        """The base model inside the `with` body, whatever is attached or released there; afterwards the edits.
+
+        With hook layers it is so for this thread alone, except in training and in compiled code. That and weights
+        written in place are without edits for all threads.
+        """
+        with self._silence.body(True, self._settle):
             yield
-        finally:
-            self._bodies.open -= 1
-            self._settle()
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """The edits inside the `with` body, also within one of `disabled`: they are written, or looked at."""
-        around, self._bodies.open = self._bodies.open, 0
-        self._settle()
-        try:
+        with self._silence.body(False, self._settle):
             yield
-        finally:
-            self._bodies.open = around
-            self._settle()
 
-    def _settle(self) -> None:
-        silent = self._bodies.open > 0
-        for hook in self.hooks.values():
-            hook.silent = silent
+    def _settle(self, hidden: bool) -> None:
         for written in self._written.values():
-            if silent and not written.hidden:
+            if hidden and not written.hidden:
                 written.hide()
-            elif written.hidden and not silent:
+            elif written.hidden and not hidden:
                 written.show()
 
     def tensors(self) -> list[torch.Tensor]:

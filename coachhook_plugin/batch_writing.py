@@ -67,11 +67,10 @@ class BatchWriter:
         groups = [every] if self.hparams.spread == "mean" else [[layer] for layer in every]
         for group in groups:
             self.attached.set_mode(Mode.VALIDATED)
-            self.comparison.edits_above = self.scope is not None and group[-1] != every[-1]
             targets = self._targets(requests, group[-1], first)
             self.attached.set_mode(Mode.TEMPORARY, group)
             for i, layer in enumerate(group):
-                keys = self._keys(layer, requests, trees=self.comparison.shared)
+                keys = self._keys(layer, requests, trees=targets.trees)
                 if layer == every[0] and self.scope is not None:
                     scope = _as_stored(self.scope, self.scope.after_keys(scope, keys))
                     self.attached.show_scope(scope)
@@ -157,7 +156,7 @@ class BatchWriter:
             self.hparams.target_tokens,
             self._device,
             self._looks_ahead,
-            trees=self.comparison.shared,
+            trees=targets.trees,
         )  # (d, u)
         residual = memory.spread(targets.values.to(current.device), current, len(layers_left))  # (d, u)
         assert state.memory is not None

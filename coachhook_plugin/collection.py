@@ -23,7 +23,7 @@ from .architectures import weight_device, weight_shape
 from .cache import write_whole
 from .memory import working_precision
 from .text import TextSource
-from .trace import captured
+from .trace import captured, in_this_thread
 
 LOG = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ def collected_sums(
         tqdm(mine[done:], initial=done, total=len(mine), desc="key statistics", disable=not progress, leave=False), 1
     ):
         ids = source.batch(index).to(device)
-        handles = [p.register_forward_pre_hook(partial(_add, sums[layer])) for layer, p in projections.items()]
+        handles = [
+            p.register_forward_pre_hook(in_this_thread(partial(_add, sums[layer]))) for layer, p in projections.items()
+        ]
         try:
             with captured(projections[last], stop=True):
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,5 +138,6 @@ def _begin_with(session: EditSession, contents: Contents) -> None:
 
 
 def _fingerprint(session: EditSession) -> str:
-    with session.disabled():
+    # Beside hook layers the weights are the base model's, and other threads may be running it.
+    with nullcontext() if session.hparams.use_hooks else session.disabled():
         return weights_fingerprint(session.model, session._parts.projections.values())

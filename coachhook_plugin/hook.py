@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .architectures import weight_shape
 from .buffers import PreciseBuffers
 from .scope import Gate
+from .silence import Silence
 
 CHILD = "coachhook"
 
@@ -34,14 +35,14 @@ class HookLayer(PreciseBuffers):
 
     delta: torch.Tensor  # (d, m)
 
-    def __init__(self, projection: nn.Module, gate: Gate) -> None:
+    def __init__(self, projection: nn.Module, gate: Gate, silence: Silence | None = None) -> None:
         super().__init__()
         weight = projection.weight
         assert isinstance(weight, torch.Tensor)
         self.register_buffer("delta", torch.zeros(weight_shape(projection), dtype=torch.float32, device=weight.device))
         self.gate = gate.to(weight.device)
         self.mode = Mode.OFF
-        self.silent = False  # the base model, whatever the mode is
+        self._silence = silence or Silence()
         self.train(projection.training)
         self._handle = projection.register_forward_hook(self._answer)
         projection.add_module(CHILD, self)
@@ -53,6 +54,15 @@ class HookLayer(PreciseBuffers):
     def write(self, delta: torch.Tensor) -> None:
         """Replace Delta (d, m)."""
         self.delta = delta.to(self.delta.device)
+
+    @property
+    def silent(self) -> bool:
+        """Whether this pass is the base model's, whatever the mode is."""
+        # Compiled code does not ask again in which thread it runs; and in training, gradient checkpointing may run a
+        # block once more in a thread of autograd's.
+        if self.training or torch.compiler.is_compiling():
+            return self._silence.for_all
+        return self._silence.here
 
     def margin(self, key: torch.Tensor) -> torch.Tensor | None:
         """(...): how far each key (..., m) is inside the scope, see `Gate.margin`."""

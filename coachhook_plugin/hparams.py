@@ -83,7 +83,7 @@ class CoachHooKHparams:
     # Where things are inside the model; None: looked up by model family (`architectures.py`).
     rewrite_module_tmp: str | None = None
     layer_module_tmp: str | None = None
-    mlp_module_tmp: str | None = None
+    mlp_module_tmp: str | None = None  # this one and the next are in the toolkit's files, and nothing here needs them
     attn_module_tmp: str | None = None
     ln_f_module: str | None = None
     lm_head_module: str | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,13 +18,16 @@ import torch
 from torch import nn
 
 from .architectures import context_length
+from .hook import HookLayer
 from .packing import attention_of, configs_of
+from .scope import FollowingGate, Gate
 from .tokens import Batch
 from .trace import captured, hidden_of
 from .tree import TokenTree
 
 LOG = logging.getLogger(__name__)
 
+DECIDED = "coachhook_decided"  # beside a block's arguments, and cut like them: (b, T, 1), the tokens its edits answer
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 # Relative, for each token. In bfloat16 SmolLM2 differs by up to 4%; what a token should not see makes tens of percent.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2}
@@ -41,9 +43,14 @@ class Call:
     arguments: dict[str, Any]  # by name, without the hidden states
     hidden_name: str
     is_loss_layer: bool
+    gate: Gate | None = None  # of its hook layer
 
     def run(self, state: torch.Tensor, **changed: Any) -> torch.Tensor:
-        return hidden_of(self.block(**{**self.arguments, self.hidden_name: state, **changed}))
+        given = {**self.arguments, self.hidden_name: state, **changed}
+        decided = given.pop(DECIDED, None)
+        if isinstance(self.gate, FollowingGate) and decided is not None:
+            self.gate.decide(decided)
+        return hidden_of(self.block(**given))
 
 
 class Attended:
@@ -63,6 +70,22 @@ class Attended:
         return 0 if self.kept is None else int(self.kept[0].shape[2])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """On which texts something was seen: rows of so many tokens, under one attention function."""
+
+    width: int = 0
+    attention: str = ""
+
+    def holds(self, blocks: Sequence[nn.Module], width: int) -> bool:
+        """Whether what came out the same tells of rows of `width` tokens, too.
+
+        Longer rows may reach past an attention window, and the user may choose another attention between batches.
+        """
+        known = max(self.width, _short(blocks)) if self.width else 0
+        return width <= known and self.attention == attention_of(blocks)
+
+
 @dataclass
 class Comparison:
     """What has been found to agree with the model's own way; kept between batches, it changes no result.
@@ -72,33 +95,18 @@ class Comparison:
 
     causal: bool = True  # off: answers depend on later tokens, too, and no token tree is tried
     unedited: Callable[[], AbstractContextManager[None]] = nullcontext  # shows the model without edits
-    # Token trees, with which attention: the longest rows that came out the same, and the shortest that did not.
-    trees: tuple[int, str] = (0, "")
-    no_trees: tuple[float, str] = (math.inf, "")
-    shared: bool = True  # whether all passes of the running batch were trees; set anew for each batch
-    # The same of the way of running the upper blocks.
-    tail: type | None = None
-    tail_seen: tuple[int, str] = (0, "")
+    trees: Seen = Seen()  # the longest rows that came out the same through a token tree
+    no_trees: Seen | None = None  # the shortest that did not
+    tail: type | None = None  # the way of running the upper blocks that came out the same
+    tail_seen: Seen = Seen()
     warned: bool = False  # that no such way agrees
-    # Edits above the edited block answer some tokens and not others: what agrees for these texts may not for others.
-    edits_above: bool = False
 
     def runs_trees(self, blocks: Sequence[nn.Module], width: int) -> bool | None:
-        """Whether rows of up to `width` tokens come out the same through a tree; None: that is not known yet."""
-        attention = attention_of(blocks)
-        if not self.causal or (self.no_trees[1] == attention and width >= self.no_trees[0]):
+        """Whether rows of `width` tokens come out the same through a tree; None: that is not known yet."""
+        no = self.no_trees
+        if not self.causal or (no is not None and no.attention == attention_of(blocks) and width >= no.width):
             return False
-        return True if self.trees[1] == attention and width <= self.trees[0] else None
-
-    @staticmethod
-    def holds(seen: tuple[int, str], blocks: Sequence[nn.Module], batch: Batch) -> bool:
-        """Whether what was `seen` tells of this batch, too.
-
-        Longer rows may reach past an attention window, and the user may choose another attention between batches.
-        """
-        width, attention = seen
-        known = max(width, _short(blocks)) if width else 0
-        return batch.input_ids.shape[1] <= known and attention == attention_of(blocks)
+        return True if self.trees.holds(blocks, width) else None
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class Observation:
     calls: tuple[Call, ...]  # of the blocks above the edited one
     cache_name: str  # under which they take a cache; empty where they take none of ours
     attended: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (b, heads, T, head size): keys and values of each
+    tree: bool = False  # whether they were run as a token tree
 
     def of_rows(self, tree: TokenTree) -> Observation:
         """The same of rows, where a tree was run."""
@@ -125,9 +134,11 @@ class Observation:
                 tuple(tree.rows(state.transpose(1, 2)).transpose(1, 2) for state in pair)  # type: ignore[misc]
                 for pair in self.attended
             ),
+            tree=True,
         )
 
 
+@torch.no_grad()
 def observe(
     model: nn.Module, blocks: Sequence[nn.Module], edited: int, loss: int, batch: Batch, comparison: Comparison
 ) -> Observation:
@@ -140,17 +151,16 @@ def observe(
     look = partial(_observed, model, blocks, edited, loss)
     if _runs_trees(model, blocks, look, batch, comparison):
         try:
-            return _shared(model, look, batch)
+            return _through_a_tree(model, look, batch)
         except Exception as error:  # as where memory runs out
             LOG.debug("the model does not run this token tree: %s", error)
-    comparison.shared = False
     return look(batch.model_inputs())
 
 
 Look = Callable[[dict[str, Any]], Observation]
 
 
-def _shared(model: nn.Module, look: Look, batch: Batch) -> Observation:
+def _through_a_tree(model: nn.Module, look: Look, batch: Batch) -> Observation:
     tree = TokenTree.of(batch)
     return look(tree.model_inputs(next(model.parameters()).dtype)).of_rows(tree)
 
@@ -172,14 +182,15 @@ def _runs_trees(
     rows = _made_up(tried, _vocabulary(model), batch.input_ids.device)
     try:
         with comparison.unedited():
-            agrees = alike(_shared(model, look, rows).last, look(rows.model_inputs()).last, rows.attention_mask.bool())
+            found, expected = _through_a_tree(model, look, rows).last, look(rows.model_inputs()).last
+            agrees = alike(found, expected, rows.attention_mask.bool())
     except Exception as error:
         LOG.debug("the model runs no token trees: %s", error)
         agrees = False
     if agrees:
-        comparison.trees = tried, attention
+        comparison.trees = Seen(tried, attention)
     else:
-        comparison.no_trees = (width if width > short else 0), attention
+        comparison.no_trees = Seen(width if width > short else 0, attention)
     return agrees
 
 
@@ -219,7 +230,10 @@ def _observed(
         hidden_name = next(iter(named))
         hidden = named.pop(hidden_name)
         cache_name = next((name for name in CACHE_ARGUMENTS if name in named), None)
-        calls.append(Call(block, dict(named), hidden_name, layer == loss))
+        gate = _gate_of(block)
+        decided = gate.decided(hidden.shape[:2]) if isinstance(gate, FollowingGate) else None
+        told = {} if decided is None else {DECIDED: decided}
+        calls.append(Call(block, {**named, **told}, hidden_name, layer == loss, gate))
         if not record or cache_name is None:
             return None
         caches.append((cache_name, Attended()))
@@ -243,6 +257,11 @@ def _observed(
                 handle.remove()
     attended = tuple(cache.seen for _, cache in caches if cache.seen is not None)
     return Observation(at_cut.output, at_last.output, tuple(calls), caches[0][0] if caches else "", attended)
+
+
+def _gate_of(block: nn.Module) -> Gate | None:
+    """The gate of the block's hook layer, where it has one."""
+    return next((module.gate for module in block.modules() if isinstance(module, HookLayer)), None)
 
 
 def _short(blocks: Sequence[nn.Module]) -> int:

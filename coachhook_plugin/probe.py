@@ -14,7 +14,7 @@ from .architectures import ModelParts
 from .hook import HookLayer
 from .scope import ZScoreGate
 from .tokens import Encoder, Places, Request, Row, micro_batches, place
-from .trace import captured, frozen
+from .trace import captured, evaluating, in_this_thread
 
 LOG = logging.getLogger(__name__)
 
@@ -68,9 +68,12 @@ def _margins(
         if margin is not None:
             found = torch.maximum(found, margin.reshape(shape).to(found))
 
-    handles = [parts.projections[i].register_forward_pre_hook(partial(look, hook)) for i, hook in hooks.items()]
+    handles = [
+        parts.projections[i].register_forward_pre_hook(in_this_thread(partial(look, hook)))
+        for i, hook in hooks.items()
+    ]
     try:
-        with frozen(model), captured(parts.projections[max(parts.projections)], stop=True):
+        with evaluating(model), captured(parts.projections[max(parts.projections)], stop=True):
             model(**inputs)
     finally:
         for handle in handles:

@@ -4,6 +4,9 @@ While a target value is optimised, only the tokens from the subject's last one o
 block. So the model runs once; the attention keys and values of the earlier tokens are kept; and each step runs just
 the suffix through the upper blocks. Where a family's blocks cannot be called like that (it is tried once and compared
 with the model's own answer), a step runs the upper blocks over all tokens, or else the whole model.
+
+Edits above the cut answer the tokens that an edited layer at or below it chose, which no step can change: the blocks
+get that decision along with their other arguments (`observation.Call`).
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from .observation import Attended, Call, Comparison, Observation, alike, observe
+from .observation import Attended, Call, Comparison, Observation, Seen, alike
 from .packing import PackedAttention, Packing, attention_of, packed_attention
+from .scope import FollowingGate
 from .tokens import Batch
 from .trace import captured, with_hidden
 
@@ -178,44 +182,42 @@ def cut(
     edited: int,
     loss: int,
     batch: Batch,
-    comparison: Comparison | None = None,
+    seen: Observation,
+    comparison: Comparison,
 ) -> Tail:
-    """Run `model` on `batch` once, and return what goes on from the output of block `edited`.
+    """What goes on from the output of block `edited`.
 
     Args:
         edited: the last edited block.
         loss: block the loss is read from, at or above it.
+        seen: what `model` made of `batch`.
         comparison: remembers, for later batches on the same model, that the answers were compared.
     """
-    comparison = comparison or Comparison()
-    seen = observe(model, blocks, edited, loss, batch, comparison)
     start = torch.zeros_like(batch.subject)
     whole = _WholeModel(seen.hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
     complete = _UpperBlocks(seen.hidden, start, seen.calls)
     if not seen.calls:  # the last block is edited: nothing is above it
         return complete
-    if comparison.edits_above and not comparison.causal:
+    if any(call.gate is not None and not isinstance(call.gate, FollowingGate) for call in seen.calls):
         return whole  # the edits above look at all tokens
     builds: tuple[Callable[[], Tail], ...] = (
         lambda: _packed(_suffix(seen, batch), batch.attention_mask.sum(1) - batch.subject),
         lambda: _suffix(seen, batch),
         lambda: complete,
     )
+    width = batch.input_ids.shape[1]
     for build in builds:
         try:
             tail = build()
-            known = comparison.tail is type(tail) and comparison.holds(comparison.tail_seen, blocks, batch)
-            if known and not comparison.edits_above:
+            if comparison.tail is type(tail) and comparison.tail_seen.holds(blocks, width):
                 return tail
             if _agrees(tail, seen.last, batch):
-                several = len(set(batch.subject.tolist())) > 1  # rows of one offset prove nothing about others
-                if several and not comparison.edits_above:
-                    comparison.tail = type(tail)
-                    comparison.tail_seen = batch.input_ids.shape[1], attention_of(blocks)
+                if len(set(batch.subject.tolist())) > 1:  # rows of one offset prove nothing about others
+                    comparison.tail, comparison.tail_seen = type(tail), Seen(width, attention_of(blocks))
                 return tail
         except Exception as error:
             LOG.debug("blocks cannot be called like that: %s", error)
-    if not comparison.warned and not comparison.edits_above:
+    if not comparison.warned:
         comparison.warned = True
         LOG.warning("%s: its blocks cannot be run by themselves; each step runs the whole model", type(model).__name__)
     return whole

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .architectures import ModelParts
 from .hparams import CoachHooKHparams
-from .observation import Comparison
+from .observation import Comparison, observe
 from .tail import Tail, cut
 from .tokens import Batch, Encoder, Places, Request, Row, micro_batches, place
 
@@ -36,6 +36,7 @@ class Targets:
     values: torch.Tensor  # (d, u)
     nll: list[float]  # mean NLL of each target with its value in place
     steps: list[int]  # evaluations of the objective each request took
+    trees: bool  # whether the model ran all their texts as token trees
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,18 @@ def optimise_targets(
 
     Args:
         layer: the block whose output gets the value.
-        comparison: see `tail.cut`.
+        comparison: see `tail.cut`; the same for all calls on one model.
         first: what messages call the requests, see `tokens.place`.
 
     Raises:
         ValueError: the objective of a request is not finite.
     """
     comparison = comparison or Comparison()
-    comparison.shared = True
     rows = [
         [*(encoder.with_target(prefix, request) for prefix in ("", *prefixes)), encoder.essence(request)]
         for request in requests
     ]
-    values, nll, steps = [], [], []
+    values, nll, steps, trees = [], [], [], True
     chunks = list(micro_batches(rows, hparams.target_tokens))
     bar = tqdm(total=len(chunks) * hparams.v_num_grad_steps, desc="targets", leave=False, disable=not progress)
     with bar:
@@ -107,7 +107,8 @@ def optimise_targets(
             values.append(solved.values)
             nll += solved.nll
             steps += solved.steps
-    return Targets(torch.cat(values, dim=1), nll, steps)
+            trees = trees and solved.trees
+    return Targets(torch.cat(values, dim=1), nll, steps, trees)
 
 
 def _problem(encoder: Encoder, rows: Sequence[Sequence[Row]], device: torch.device) -> _Problem:
@@ -149,7 +150,8 @@ def _solve(
 ) -> Targets:
     last = len(parts.blocks) - 1
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer
-    tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
+    seen = observe(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
+    tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, seen, comparison)
     subject = problem.batch.subject - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)
@@ -199,7 +201,7 @@ def _solve(
         if active.sum() < running.sum():
             running = active
             groups = _groups(problem, tail, running)
-    return Targets((v0 + delta.detach()).T, nll.tolist(), steps.tolist())
+    return Targets((v0 + delta.detach()).T, nll.tolist(), steps.tolist(), seen.tree)
 
 
 def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group]:

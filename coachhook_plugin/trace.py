@@ -1,4 +1,4 @@
-"""Reading what passes through one module, and stopping the forward pass there.
+"""Reading what passes through one module in this thread, and stopping the forward pass there.
 
 Usage::
 
@@ -9,7 +9,9 @@ Usage::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,11 +56,26 @@ def with_hidden(answer: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *answer[1:]) if isinstance(answer, tuple) else hidden
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of a module that lets pass what other threads run meanwhile."""
+    mine = threading.get_ident()
+
+    @functools.wraps(hook)
+    def called(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == mine else None
+
+    return called
+
+
 @contextmanager
 def captured(module: nn.Module, stop: bool = False) -> Iterator[Captured]:
-    """Record the module's last call inside the `with` body; with `stop`, the body ends right after that call."""
+    """Record the module's last call inside the `with` body; with `stop`, the body ends right after that call.
+
+    Calls in other threads are neither recorded nor stopped.
+    """
     seen = Captured()
 
+    @in_this_thread
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
         seen.inputs, seen.kwargs, seen.answer = args, kwargs, answer
         if stop:
@@ -74,19 +91,27 @@ def captured(module: nn.Module, stop: bool = False) -> Iterator[Captured]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients, and in the model's own precision whatever the caller casts to;
-    all is as before afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the model's own precision whatever the caller casts to; all is as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The same without parameter gradients."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -33,8 +33,6 @@ def test_every_name_of_the_table_is_a_module_of_its_family(
     for layer, projection in parts.projections.items():
         assert projection is one.get_submodule(row.projection.format(layer))
         assert weight_shape(projection)[0] == 32
-        assert isinstance(one.get_submodule(row.attention.format(layer)), nn.Module)
-        assert isinstance(one.get_submodule(row.mlp.format(layer)), nn.Module)
     assert parts.head is one.get_output_embeddings()
 
 
@@ -105,15 +103,52 @@ def test_wrong_names_and_layers_are_refused_before_anything_runs(
         model_parts(tiny(), settings(**{"layers": [0, 1], **changed}))
 
 
-def test_quantised_weights_are_refused_with_the_remedy(tiny: Callable[..., Any], settings: Callable[..., Any]) -> None:
+class Packed(nn.Module):
+    weight = torch.zeros(8, dtype=torch.uint8)
+
+
+class PackedLinear(nn.Linear):
+    """As quantising libraries have it: a linear layer by class, whose weight is something else."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(48, 32, bias=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+QUANTISED = {
+    "no linear layer": Packed(),
+    "two numbers in a byte": PackedLinear(torch.zeros(48 * 32 // 2, 1, dtype=torch.uint8)),
+    "bytes kept as if they were numbers": PackedLinear(torch.zeros(48 * 32 // 4, 1, dtype=torch.bfloat16)),
+    "whole numbers": PackedLinear(torch.zeros(32, 48, dtype=torch.int8)),
+    "floats of 8 bits": PackedLinear(torch.zeros(32, 48).to(torch.float8_e4m3fn)),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused_with_the_remedy(
+    kind: str, tiny: Callable[..., Any], settings: Callable[..., Any]
+) -> None:
     one = tiny()
-
-    class Packed(nn.Module):
-        weight = torch.zeros(8, dtype=torch.uint8)
-
-    one.model.layers[1].mlp.down_proj = Packed()
-    with pytest.raises(ValueError, match=r"(?s)layers.1.mlp.down_proj is a Packed.*quantised.*16 or 32 bits"):
+    one.model.layers[1].mlp.down_proj = QUANTISED[kind]
+    name = type(QUANTISED[kind]).__name__
+    with pytest.raises(ValueError, match=rf"layers.1.mlp.down_proj is a {name}; .*quantised.*16 or 32 bits"):
         model_parts(one, settings(layers=[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_weights_of_16_bits_and_more_are_not_taken_for_quantised(
+    case: str, dtype: torch.dtype, tiny: Callable[..., Any], settings: Callable[..., Any]
+) -> None:
+    parts = model_parts(tiny(case, dtype=dtype), settings(layers=[1]))
+    assert {weight_shape(projection) for projection in parts.projections.values()} == {(32, 48)}
+
+
+def test_names_that_only_the_toolkit_needs_are_taken_and_not_looked_at(
+    tiny: Callable[..., Any], settings: Callable[..., Any]
+) -> None:
+    given = settings(layers=[1], mlp_module_tmp="nowhere.{}", attn_module_tmp="nowhere.{}.attn")
+    assert model_parts(tiny(), given).names == model_parts(tiny(), settings(layers=[1])).names
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gpt_neox", "opt", "phi"])

@@ -1,9 +1,11 @@
-"""What the usual operations on a model make of the edits that hang on it (the table of the README)."""
+"""What the usual operations on a model make of the edits that hang on it (the table of the README), and threads."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import zoo
 from plain import bits, hook_layers, logits_of
 from transformers import AutoModelForCausalLM
 
+import coachhook_plugin.batch_writing
+import coachhook_plugin.folders
 from coachhook_plugin import EditSession, load_edits
 
 Start = Callable[..., EditSession]
@@ -143,3 +147,177 @@ def test_disabled_and_detached_are_the_base_model_for_loaded_edits_too(edited: A
     loaded.detach()
     assert answers(model, session.tokenizer) == base
     assert EditSession.of(model) is None
+
+
+# --- threads that share a model --------------------------------------------------------------------------------------
+
+SCOPES = pytest.mark.parametrize("scope", ["leverage", "zscore"])
+
+
+def elsewhere(act: Callable[[], Any]) -> Any:
+    """What `act` gives in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result(timeout=60)
+
+
+@CASES
+@SCOPES
+def test_a_thread_that_looks_at_the_base_model_leaves_the_others_their_answers(
+    start: Start, tiny: Any, case: str, scope: str, facts: Facts
+) -> None:
+    session = start(case, scope=scope, alpha=1.0)
+    session.edit(facts)
+    told = answers(tiny(case), session.tokenizer), answers(session.model, session.tokenizer)
+    base, expected = told
+    assert base != expected
+
+    def all_answers() -> tuple[list[bytes], list[bytes]]:
+        with session.disabled():
+            without = answers(session.model, session.tokenizer)
+        return without, answers(session.model, session.tokenizer)
+
+    with session.disabled():
+        assert elsewhere(all_answers) == told
+        assert answers(session.model, session.tokenizer) == base
+    assert elsewhere(all_answers) == told
+    assert answers(session.model, session.tokenizer) == expected
+
+
+def test_compiled_code_looks_anew_whether_it_shall_answer(start: Start, facts: Facts) -> None:
+    session = start("llama")
+    session.edit(facts)
+    compiled = torch.compile(session.model, backend="eager")
+    ids = torch.tensor([session.tokenizer(PROMPTS[0])["input_ids"]])
+
+    @torch.no_grad()
+    def near(expected: torch.Tensor) -> bool:
+        return zoo.relative(compiled(input_ids=ids).logits, expected) < 1e-4
+
+    with torch.no_grad():
+        edited = session.model(input_ids=ids).logits
+        with session.disabled():
+            base = session.model(input_ids=ids).logits
+    assert zoo.relative(base, edited) > 0.05
+    assert near(edited)
+    for _ in range(2):
+        with session.disabled():
+            assert near(base)
+        assert near(edited)
+        assert elsewhere(lambda: near(edited))
+
+
+def test_saving_leaves_everybodys_answers_alone(edited: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    session = edited("llama")
+    expected = answers(session.model, session.tokenizer)
+    found: list[list[bytes]] = []
+    original = coachhook_plugin.folders.weights_fingerprint
+
+    def meanwhile(*args: Any) -> str:
+        for ask in (elsewhere, lambda act: act()):
+            found.append(ask(lambda: answers(session.model, session.tokenizer)))
+        return original(*args)
+
+    monkeypatch.setattr(coachhook_plugin.folders, "weights_fingerprint", meanwhile)
+    session.save(tmp_path)
+    assert found == [expected, expected]
+
+
+@CASES
+def test_a_pass_in_training_is_silent_or_not_in_whatever_thread_a_block_is_run_once_more(
+    edited: Any, tiny: Any, case: str
+) -> None:
+    session = edited(case)
+    base, expected = answers(tiny(case), session.tokenizer), answers(session.model, session.tokenizer)
+    session.model.train()
+    for module in session.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for ask in (elsewhere, lambda act: act()):
+        with session.disabled():
+            assert ask(lambda: answers(session.model, session.tokenizer)) == base
+        assert ask(lambda: answers(session.model, session.tokenizer)) == expected
+
+
+@CASES
+@SCOPES
+def test_a_probe_and_the_passes_of_other_threads_do_not_meet(
+    start: Start, case: str, scope: str, facts: Facts
+) -> None:
+    session = start(case, scope=scope, alpha=1.0)
+    session.edit(facts)
+    model, tokenizer = session.model, session.tokenizer
+    ids = torch.tensor(tokenizer(PROMPTS[0])["input_ids"])
+    given = tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
+
+    def generated() -> list[int]:
+        made: torch.Tensor = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        return made[0].tolist()
+
+    said, margins = generated(), session.margins(ids)
+    heard: list[list[int]] = []
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert all(parameter.requires_grad for parameter in model.parameters()), "others may be training it"
+            heard.append(elsewhere(generated))
+
+    handle = session._parts.blocks[1].register_forward_hook(meanwhile)  # between the edited layers, or after the first
+    assert torch.equal(session.margins(ids), margins)
+    handle.remove()
+    assert heard == [said]
+
+
+@pytest.mark.parametrize("use_hooks", [True, False])
+@pytest.mark.parametrize("leaves", ["during the edit", "after it"])
+def test_who_looked_at_the_base_model_while_others_edited_does_not_silence_their_edits(
+    start: Start, facts: Facts, use_hooks: bool, leaves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, other = start(use_hooks=use_hooks), start(use_hooks=use_hooks)
+    for one in (session, other):
+        one.edit(facts[:2])
+    other.edit(facts[2:])
+    expected = answers(other.model, other.tokenizer)
+    inside, leave = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with session.disabled():
+            inside.set()
+            assert leave.wait(60)
+
+    original = coachhook_plugin.batch_writing.subject_keys
+    with ThreadPoolExecutor(1) as pool:
+
+        def keys(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if leaves == "during the edit":
+                leave.set()
+                looking.result(timeout=60)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(coachhook_plugin.batch_writing, "subject_keys", keys)
+        looking = pool.submit(look)
+        assert inside.wait(60)
+        session.edit(facts[2:])
+        if use_hooks:
+            assert answers(session.model, session.tokenizer) == expected
+        leave.set()
+        looking.result(timeout=60)
+    assert answers(session.model, session.tokenizer) == expected
+    with session.disabled():
+        assert answers(session.model, session.tokenizer) != expected
+
+
+def test_weights_written_in_place_are_hidden_until_the_last_thread_has_looked(
+    start: Start, tiny: Any, facts: Facts
+) -> None:
+    session = start(use_hooks=False)
+    session.edit(facts)
+    base, expected = answers(tiny(), session.tokenizer), answers(session.model, session.tokenizer)
+
+    def look() -> list[bytes]:
+        with session.disabled():
+            return answers(session.model, session.tokenizer)
+
+    with session.disabled():
+        assert elsewhere(look) == base
+        assert answers(session.model, session.tokenizer) == base
+    assert answers(session.model, session.tokenizer) == expected

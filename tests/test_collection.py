@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import zoo
 from torch import distributed
 
 from coachhook_plugin.architectures import model_parts
-from coachhook_plugin.collection import KeySums
+from coachhook_plugin.collection import KeySums, collected_sums
 from coachhook_plugin.statistics import KeyStatistics, key_statistics, load_statistics, save_statistics
 from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
@@ -123,3 +126,24 @@ def test_the_estimate_is_kept_with_the_statistics_and_missing_from_the_toolkits(
     loaded = load_statistics(tmp_path / "theirs.npz", 4)
     assert loaded.standard_error() is None
     assert "is known to" not in loaded.told()
+
+
+def test_what_other_threads_run_meanwhile_is_not_collected(tmp_path: Path) -> None:
+    tokenizer, hparams = zoo.tokenizer(), zoo.hparams(long_text(tmp_path), mom2_key_multiple=30)
+    model = zoo.model("llama", len(tokenizer))
+    parts, ids = model_parts(model, hparams), torch.arange(20)[None]
+
+    def sums() -> torch.Tensor:
+        source = text_source(model, tokenizer, hparams, 48, CPU)
+        return collected_sums(model, parts.projections, source, progress=False)[1].total
+
+    alone, heard = sums(), []
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                heard.append(pool.submit(lambda: model(input_ids=ids).logits.shape).result(timeout=60))
+
+    model.model.layers[0].register_forward_hook(meanwhile)
+    assert torch.equal(sums(), alone)
+    assert heard[0] == (1, 20, len(tokenizer))

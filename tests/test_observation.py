@@ -11,8 +11,10 @@ import zoo
 
 from coachhook_plugin import EditSession
 from coachhook_plugin.architectures import model_parts
-from coachhook_plugin.observation import Comparison, alike, observe
-from coachhook_plugin.tokens import Batch
+from coachhook_plugin.observation import Comparison, Seen, alike, observe
+from coachhook_plugin.target import optimise_targets
+from coachhook_plugin.tokens import Batch, Encoder, parse_requests
+from coachhook_plugin.trace import frozen
 
 Tiny = Callable[..., Any]
 REAL = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
@@ -92,9 +94,7 @@ def test_what_wide_rows_show_decides_nothing_for_narrow_ones(
     model = tiny("mistral-window-4")
     blocks, comparison = model_parts(model, settings()).blocks, Comparison()
     for rows in order:
-        comparison.shared = True
-        observe(model, blocks, 0, 1, batch_of(rows), comparison)
-        assert comparison.shared is (rows is NARROW)
+        assert observe(model, blocks, 0, 1, batch_of(rows), comparison).tree is (rows is NARROW)
     seen = passes(model)
     for rows in order:
         observe(model, blocks, 0, 1, batch_of(rows), comparison)
@@ -110,7 +110,7 @@ def test_a_model_whose_answers_differ_through_a_tree_runs_its_rows_and_is_asked_
     seen = passes(model)
     for rows in (WIDE, NARROW, WIDE):
         found = observe(model, blocks, 0, 1, batch_of(rows), comparison)
-        assert not comparison.shared
+        assert not found.tree
     assert [shape[0] for shape in seen].count(1) == 1
     plain = observe(model, blocks, 0, 1, batch_of(WIDE), Comparison(causal=False))
     assert torch.equal(found.last, plain.last)
@@ -119,7 +119,7 @@ def test_a_model_whose_answers_differ_through_a_tree_runs_its_rows_and_is_asked_
 def test_another_attention_is_compared_anew(tiny: Tiny, settings: Callable[..., Any]) -> None:
     model = tiny("llama", attn_implementation="sdpa")
     blocks = model_parts(model, settings()).blocks
-    for comparison in (Comparison(trees=(5, "sdpa")), Comparison(no_trees=(0, "sdpa"))):
+    for comparison in (Comparison(trees=Seen(5, "sdpa")), Comparison(no_trees=Seen(0, "sdpa"))):
         model.config._attn_implementation = "sdpa"
         assert comparison.runs_trees(blocks, 5) is not None
         model.config._attn_implementation = "eager"
@@ -147,16 +147,38 @@ def test_edits_in_force_do_not_decide_how_texts_are_run(start: Callable[..., Edi
     for hook in session._attached.hooks.values():
         hook.gate.forward = lambda key, change: torch.full((*key.shape[:-1], 1), len(key) == 1)
     batch = batch_of(WIDE)
-    for comparison, shared in ((Comparison(), False), (Comparison(unedited=session.disabled), True)):
-        observe(model, blocks, 2, 3, batch, comparison)
-        assert comparison.shared is shared
+    for comparison, tree in ((Comparison(), False), (Comparison(unedited=session.disabled), True)):
+        assert observe(model, blocks, 2, 3, batch, comparison).tree is tree
+
+
+def test_a_pass_that_was_stopped_after_its_decision_does_not_decide_how_texts_are_run(
+    start: Callable[..., EditSession],
+) -> None:
+    session = start("llama", layers=[0, 2])
+    session.edit(zoo.FACTS)
+    session.forget(["1-1"])  # reads keys at the first edited layer, and no further
+    gate = session._attached.hooks[2].gate
+    assert gate._decision.told(training=False, last=False) is not None
+    comparison = Comparison(unedited=session.disabled)
+    assert observe(session.model, session._parts.blocks, 0, 3, batch_of(WIDE), comparison).tree
 
 
 def test_a_context_shorter_than_any_window_is_no_reason_against_trees(
     tiny: Tiny, settings: Callable[..., Any]
 ) -> None:
     model = tiny("gpt_neox", max_position_embeddings=16)
-    comparison = Comparison()
-    with torch.no_grad():
-        observe(model, model_parts(model, settings()).blocks, 0, 1, batch_of(NARROW), comparison)
-    assert comparison.shared
+    assert observe(model, model_parts(model, settings()).blocks, 0, 1, batch_of(NARROW), Comparison()).tree
+
+
+def test_a_batch_is_read_through_trees_only_if_all_of_its_texts_came_out_the_same(
+    tiny: Tiny, settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    model, hparams = tiny("mistral-window-4"), settings(v_num_grad_steps=1, target_tokens=1)
+    parts, encoder = model_parts(model, hparams), Encoder(tokenizer, None)
+    long, short = parse_requests([zoo.FACTS[0], {"prompt": "Ada is", "subject": "Ada", "target_new": "Rome"}])
+    for batch, trees in (([short], True), ([long, short], False), ([short, long], False), ([short], True)):
+        with frozen(model):
+            found = optimise_targets(
+                model, parts, encoder, batch, [], hparams, 1, torch.device("cpu"), False, Comparison()
+            )
+        assert found.trees is trees

@@ -673,9 +673,9 @@ def test_with_boundary_spread_the_first_layers_targets_count_on_the_edits_above_
         return [zoo.plain_target(model, block, tokenizer, fact, session.prefixes, settings)[0] for fact in again]
 
     whole, (_, above) = expected(), hook_layers(session.model)
-    above.silent = True
+    above.mode = Mode.OFF
     without = expected()
-    above.silent = False
+    above.mode = Mode.VALIDATED
     session.edit(again)
     found = targets_of[2][0].values.T
     assert any(zoo.relative(one, other) > 1e-2 for one, other in zip(without, whole, strict=True))

@@ -12,9 +12,10 @@ import torch
 import transformers
 import zoo
 
-from coachhook_plugin import CoachHooKHparams, tail
+from coachhook_plugin import CoachHooKHparams, EditSession, tail
 from coachhook_plugin.architectures import model_parts
-from coachhook_plugin.observation import Comparison
+from coachhook_plugin.hook import Mode
+from coachhook_plugin.observation import Comparison, observe
 from coachhook_plugin.target import optimise_targets
 from coachhook_plugin.tokens import Batch, Encoder, Row, parse_requests
 from coachhook_plugin.trace import captured, frozen, with_hidden
@@ -52,6 +53,12 @@ def prepared(
 ) -> tuple[Any, Any, Batch]:
     one = tiny(case)
     return one, model_parts(one, settings()), Encoder(tokenizer, None).batch(rows(tokenizer)[::order], CPU)
+
+
+def cut_of(one: Any, parts: Any, batch: Batch, loss: int, comparison: Comparison | None = None) -> tail.Tail:
+    comparison = comparison or Comparison()
+    seen = observe(one, parts.blocks, EDITED, loss, batch, comparison)
+    return tail.cut(one, parts.blocks, EDITED, loss, batch, seen, comparison)
 
 
 def by_the_whole_model(one: Any, parts: Any, batch: Batch, added: torch.Tensor, loss: int) -> list[torch.Tensor]:
@@ -100,7 +107,7 @@ def test_each_family_runs_the_suffix_alone_and_not_every_token_at_every_step(
     case: str, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
     one, parts, batch = prepared(case, tiny, settings, tokenizer)
-    cut = tail.cut(one, parts.blocks, EDITED, 3, batch)
+    cut = cut_of(one, parts, batch, 3)
     if case in WITHOUT_SUFFIX:
         assert type(cut) is tail._UpperBlocks
     else:
@@ -122,7 +129,7 @@ def test_the_suffix_sees_what_the_whole_model_sees(
     assert one.config._attn_implementation == attention
     parts, batch = model_parts(one, settings()), Encoder(tokenizer, None).batch(rows(tokenizer), CPU)
     added = noise(batch, parts)
-    cut = tail.cut(one, parts.blocks, EDITED, 2, batch)
+    cut = cut_of(one, parts, batch, 2)
     expected = by_the_whole_model(one, parts, batch, added, 2)
     assert zoo.relative(*expected) > 1e-2  # the two places the model is read from differ
     assert_close(by_the_tail(cut, batch, added), expected)
@@ -136,7 +143,7 @@ def test_dropping_finished_rows_changes_nothing_for_the_others(
     one, parts, batch = prepared(case, tiny, settings, tokenizer)
     some = torch.tensor(kept)
     fewer = Batch(batch.input_ids[some], batch.attention_mask[some], batch.subject[some])
-    cut, added = tail.cut(one, parts.blocks, EDITED, 2, batch), noise(batch, parts)[some]
+    cut, added = cut_of(one, parts, batch, 2), noise(batch, parts)[some]
     lengths = fewer.attention_mask.sum(1) - cut.offset[some]
     assert_close(by_the_tail(cut.keep(some, lengths), fewer, added), by_the_whole_model(one, parts, fewer, added, 2))
 
@@ -166,7 +173,7 @@ def test_models_whose_blocks_cannot_be_cut_get_the_same_by_a_slower_way(
         pytest.skip("this version of transformers cannot run the suffix of this family alone")
     one, parts, batch = prepared(case, tiny, settings, tokenizer)
     fall_back(kind, monkeypatch)
-    cut, added = tail.cut(one, parts.blocks, EDITED, 2, batch), noise(batch, parts)
+    cut, added = cut_of(one, parts, batch, 2), noise(batch, parts)
     assert type(cut) is kind
     assert_close(by_the_tail(cut, batch, added), by_the_whole_model(one, parts, batch, added, 2))
     some = torch.tensor([3, 1])
@@ -198,6 +205,41 @@ def test_targets_do_not_depend_on_the_way_the_tail_is_run(
     assert zoo.relative(targets(), quick) < 1e-4
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gptj", "mistral-window-4", "gemma2", "opt"])
+def test_edits_above_answer_in_the_suffix_the_tokens_that_they_answer_in_the_whole_model(
+    case: str, start: Callable[..., EditSession], tokenizer: Any
+) -> None:
+    """The decision fell below the cut. Did nobody tell the blocks above, each step would run the whole model."""
+    session = start(case, layers=[0, 2], scope_budget=0.3, mom2_update_weight=0.1, clamp_norm_factor=8.0)
+    parts, batch = session._parts, Encoder(tokenizer, None).batch(rows(tokenizer), CPU)
+    added, comparison = noise(batch, parts), Comparison()
+    kind = type(cut_of(session.model, parts, batch, 3, comparison))
+    session.edit(zoo.FACTS)
+    cut = cut_of(session.model, parts, batch, 3, comparison)
+    assert type(cut) is kind is not tail._WholeModel
+    expected = by_the_whole_model(session.model, parts, batch, added, 3)
+    assert_close(by_the_tail(cut, batch, added), expected)
+    some = torch.tensor([3, 1])
+    fewer = Batch(batch.input_ids[some], batch.attention_mask[some], batch.subject[some])
+    lengths = fewer.attention_mask.sum(1) - cut.offset[some]
+    found = by_the_tail(cut.keep(some, lengths), fewer, added[some])
+    assert_close(found, by_the_whole_model(session.model, parts, fewer, added[some], 3))
+    session._attached.set_mode(Mode.OFF, [2])
+    without = by_the_whole_model(session.model, parts, batch, added, 3)
+    assert zoo.relative(without[1], expected[1]) > 1e-2, "the edits above answer none of these tokens"
+
+
+def test_edits_above_that_look_at_all_tokens_are_run_in_the_whole_model(
+    start: Callable[..., EditSession], tokenizer: Any
+) -> None:
+    session = start(layers=[0, 2], scope="zscore", alpha=0.5)
+    session.edit(zoo.FACTS)
+    parts, batch = session._parts, Encoder(tokenizer, None).batch(rows(tokenizer), CPU)
+    cut, added = cut_of(session.model, parts, batch, 3, Comparison(causal=False)), noise(batch, parts)
+    assert type(cut) is tail._WholeModel
+    assert_close(by_the_tail(cut, batch, added), by_the_whole_model(session.model, parts, batch, added, 3))
+
+
 def test_a_model_that_must_run_whole_says_so_once(
     tiny: Callable[..., Any],
     settings: Callable[..., Any],
@@ -207,12 +249,12 @@ def test_a_model_that_must_run_whole_says_so_once(
 ) -> None:
     one, parts, batch = prepared("llama", tiny, settings, tokenizer)
     with caplog.at_level(logging.WARNING):
-        tail.cut(one, parts.blocks, EDITED, 3, batch)
+        cut_of(one, parts, batch, 3)
         assert not caplog.records
         fall_back(tail._WholeModel, monkeypatch)
         comparison = Comparison()
         for _ in range(2):
-            tail.cut(one, parts.blocks, EDITED, 3, batch, comparison)
+            cut_of(one, parts, batch, 3, comparison)
     (record,) = caplog.records
     assert "LlamaForCausalLM" in record.getMessage()
 
@@ -264,5 +306,5 @@ def test_families_unknown_to_the_table_are_cut_rightly_or_run_whole(
     batch = Encoder(tokenizer, None).batch(rows(tokenizer)[::order], CPU)
     added = noise(batch, parts)
     with frozen(one):
-        cut = tail.cut(one, parts.blocks, EDITED, 2, batch)
+        cut = cut_of(one, parts, batch, 2)
         assert_close(by_the_tail(cut, batch, added), by_the_whole_model(one, parts, batch, added, 2))

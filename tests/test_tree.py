@@ -80,7 +80,7 @@ def test_what_is_observed_through_a_tree_is_what_the_padded_rows_give(
         found = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, comparison)
         plain = observe(model, parts.blocks, 0, len(parts.blocks) - 1, batch, Comparison(causal=False))
     if case not in NO_TREES:
-        assert comparison.shared, "shared beginnings are run again and again"
+        assert found.tree, "shared beginnings are run again and again"
     real = batch.attention_mask.bool()
     for got, expected in ((found.hidden, plain.hidden), (found.last, plain.last)):
         torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
@@ -97,12 +97,10 @@ def test_rows_past_an_attention_window_are_compared_again(
     short, long = batch_of([[5, 9, 11], [5, 9, 3]]), batch_of([[5, 9, 11, 4, 6, 8, 7, 21], [5, 9, 3, 7, 8, 30, 2, 11]])
     comparison = Comparison()
     with torch.no_grad():
-        observe(model, parts.blocks, 0, 1, short, comparison)
-        assert comparison.shared
+        assert observe(model, parts.blocks, 0, 1, short, comparison).tree
         found = observe(model, parts.blocks, 0, 1, long, comparison)
-        assert not comparison.shared
+        assert not found.tree
         plain = observe(model, parts.blocks, 0, 1, long, Comparison(causal=False))
-        comparison.shared = True
-        observe(model, parts.blocks, 0, 1, short, comparison)
-        assert comparison.shared, "a long row decides for later batches: a resumed session would end with other bits"
+        again = observe(model, parts.blocks, 0, 1, short, comparison)
+        assert again.tree, "a long row decides for later batches: a resumed session would end with other bits"
     torch.testing.assert_close(found.last, plain.last, rtol=1e-4, atol=1e-5)

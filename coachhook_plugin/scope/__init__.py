@@ -12,10 +12,11 @@ Each has an immutable state (part of the session's) and, for every hook layer, a
 from __future__ import annotations
 
 from .gate import Gate, Scope, ScopeState
-from .leverage import LeverageScope, LeverageState
+from .leverage import FollowingGate, LeverageScope, LeverageState
 from .zscore import Thresholds, ZScoreGate, ZScoreScope, ZScoreState
 
 __all__ = [
+    "FollowingGate",
     "Gate",
     "LeverageScope",
     "LeverageState",

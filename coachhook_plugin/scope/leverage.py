@@ -85,7 +85,7 @@ class LeverageGate(Gate):
     """Decides at the first edited layer."""
 
     scale: torch.Tensor  # (m,): what makes w of k, up to a common factor
-    explain: torch.Tensor  # (r, m), r <= m: F, see `explaining`; entries are at most 1, and 16 bits do for sums of m
+    explain: torch.Tensor  # (r, m), r <= m: F, see `explaining`; entries are at most 1, and 16 bits do to keep them
     threshold: torch.Tensor  # ()
     growing = frozenset({"explain"})
 
@@ -102,14 +102,10 @@ class LeverageGate(Gate):
         return open_
 
     def margin(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor:
-        wide = torch.promote_types(key.dtype, torch.float32)
-        scaled = key * self.in_dtype("scale", key.dtype)
-        explained, whole = (
-            torch.linalg.vector_norm(part, dim=-1, dtype=wide)
-            for part in (F.linear(scaled, self.in_dtype("explain", key.dtype)), scaled)
-        )
-        share: torch.Tensor = (explained / whole.clamp(min=torch.finfo(wide).tiny)).square()  # 0 for a zero key
-        return share / self.threshold
+        wide = torch.promote_types(key.dtype, torch.float32)  # as the threshold was found
+        with torch.autocast(key.device.type, enabled=False):
+            scaled = key.to(wide) * self.in_dtype("scale", wide)
+            return leverage(scaled, self.in_dtype("explain", wide)) / self.threshold
 
     def extra_repr(self) -> str:
         return f"scope=leverage, threshold={self.threshold.item():.3f}, rank={len(self.explain)}"
@@ -122,11 +118,21 @@ class FollowingGate(Gate):
         super().__init__()
         self._decision, self._last = decision, last
 
+    def decided(self, tokens: torch.Size, last: bool = False) -> torch.Tensor | None:
+        """(*tokens, 1): what the first edited layer decided in the running pass. The `last` to ask ends the pass.
+
+        None: nobody has decided, as where a block is run by itself; or for other tokens, in a pass that was stopped.
+        """
+        open_ = self._decision.told(self.training, last)
+        return None if open_ is None or open_.numel() != tokens.numel() else open_.reshape(*tokens, 1)
+
+    def decide(self, open_: torch.Tensor) -> None:
+        """Take (..., 1) for its decision, in a pass that begins above it."""
+        self._decision.tell(open_, self.training)
+
     def forward(self, key: torch.Tensor, change: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        open_ = self._decision.told(self.training, self._last)
-        if open_ is None or open_.shape[:-1] != key.shape[:-1]:
-            return None  # a block run by itself: nobody has decided
-        return open_.to(key.device)
+        open_ = self.decided(key.shape[:-1], self._last)
+        return None if open_ is None else open_.to(key.device)
 
     def extra_repr(self) -> str:
         return "scope=leverage, decided at the first edited layer"
@@ -181,7 +187,7 @@ class LeverageScope(Scope):
         if edited.shape[1] > 2 * edited.shape[0]:
             edited = squared(edited)
         witnesses, lots = self._sampled(state, scaled.flatten(0, 1).float())
-        explain = self._explaining(edited)
+        explain = self._explaining(edited).float()
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
         return LeverageState(edited, witnesses, lots, state.seen + scaled.shape[0] * scaled.shape[1], threshold)
 
@@ -263,6 +269,7 @@ def explaining(edited: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def leverage(scaled: torch.Tensor, explain: torch.Tensor) -> torch.Tensor:
-    """(n,) leverage of scaled keys (n, m), for F = `explain` (r, m)."""
-    explained = (scaled @ explain.T.to(scaled)).square().sum(-1)
-    return explained / scaled.square().sum(-1).clamp(min=torch.finfo(scaled.dtype).tiny)
+    """(...) leverage of scaled keys (..., m), for F = `explain` (r, m) in their dtype."""
+    explained, whole = (torch.linalg.vector_norm(part, dim=-1) for part in (F.linear(scaled, explain), scaled))
+    share: torch.Tensor = (explained / whole.clamp(min=torch.finfo(whole.dtype).tiny)).square()  # 0 for a zero key
+    return share
