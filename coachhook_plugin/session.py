@@ -326,7 +326,10 @@ class EditSession:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model inside the `with` body, whatever is edited or taken back there; afterwards the edits."""
+        """The base model for this thread inside the `with` body, whatever is edited there; afterwards the edits.
+
+        In training, in compiled code and with `use_hooks: false` it is the base model for every thread.
+        """
         with self._attached.disabled():
             yield
 
