@@ -715,6 +715,25 @@ def test_a_model_compiled_before_its_first_edit_answers_with_it(start: Start, fa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [(0, 1, 2, 3), (1,), (2,)], ids=["every block", "the first edited", "the second"])
+def test_blocks_that_are_compiled_one_by_one_answer_as_before(
+    start: Start, facts: Facts, compiled: tuple[int, ...]
+) -> None:
+    """Each is a graph of its own, and the second edited layer acts on what the first one decided."""
+    session = start(**EASY)
+    session.edit(facts)
+    ids = torch.tensor([session.tokenizer(facts[0]["prompt"])["input_ids"]])
+    edited = session.model(input_ids=ids).logits
+    for i in compiled:
+        session.model.model.layers[i].compile(backend="eager")
+    for _ in range(2):
+        assert zoo.relative(session.model(input_ids=ids).logits, edited) < 1e-4
+    with session.disabled():
+        assert zoo.relative(session.model(input_ids=ids).logits, edited) > 0.1
+    assert zoo.relative(session.model(input_ids=ids).logits, edited) < 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_threads_may_run_one_edited_model_at_once(start: Start, facts: Facts, case: str) -> None:
     """A server's threads, one of them in the middle of a pass while another runs a whole one."""

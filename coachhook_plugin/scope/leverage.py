@@ -58,26 +58,33 @@ class _OfThread(threading.local):
 
 
 class Decision:
-    """What the first edited layer decided in the running forward pass; threads may run one model at once."""
+    """What the first edited layer decided in the running forward pass; threads may run one model at once.
+
+    Compiled code cannot tell threads apart, and some blocks of a model may be compiled while others are not.
+    """
 
     def __init__(self) -> None:
         self._of_thread = _OfThread()
-        self._in_training: torch.Tensor | None = None
+        self._of_all: torch.Tensor | None = None  # by whichever thread was last
+        self._compiled = False  # whether compiled code made that
 
     def tell(self, open_: torch.Tensor, training: bool) -> None:
         """Decide (..., 1) for the layers above."""
-        if training:
-            self._in_training = open_
-        else:
+        self._of_all, self._compiled = open_, torch.compiler.is_compiling()
+        if not (training or self._compiled):
             self._of_thread.open = open_
 
     def told(self, training: bool, last: bool) -> torch.Tensor | None:
         """What was decided; None: nothing yet. The `last` to ask ends the pass."""
-        if training:  # gradient checkpointing may run a block once more, and in a thread of autograd's
-            return self._in_training
-        open_ = self._of_thread.open
+        # Gradient checkpointing may run a block once more, after the pass and in a thread of autograd's.
+        if training:
+            return self._of_all
+        shared = torch.compiler.is_compiling() or self._compiled
+        open_ = self._of_all if shared else self._of_thread.open
         if last:
-            self._of_thread.open = None
+            self._of_all = None
+            if not torch.compiler.is_compiling():
+                self._of_thread.open = None
         return open_
 
 
