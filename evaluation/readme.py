@@ -52,7 +52,39 @@ def scope(figures: dict[str, Any]) -> str:
     return markdown_table(head, rows, left=2) + "\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "benchmarks": benchmarks, "scope": scope}
+def leaderboard(rows: list[dict[str, Any]]) -> str:
+    """A table for each data set, number of edits and protocol, the best mean first."""
+    plain, spread, rest = METRICS[:3], ("mean", "behind_first"), ("free_generation", "perplexity_ratio")
+    groups: dict[str, list[list[str]]] = {}
+    for row in rows:
+        cells = [
+            row["method"],
+            *(_figure(row[name]) for name in plain),
+            *(_with_ends(row[name], row[f"{name}_interval"]) for name in spread),
+            *(_figure(row[name]) for name in rest),
+            _figure(row["seconds_per_edit"], 1),
+        ]
+        groups.setdefault(f"{row['dataset']}, {row['edits']} edits, {row['protocol']}", []).append(cells)
+    columns = [name.replace("_", " ") for name in (*plain, *spread, *rest, "seconds_per_edit")]
+    return "\n\n".join(markdown_table([title, *columns], lines) for title, lines in groups.items()) + "\n"
+
+
+def _with_ends(value: float | None, interval: list[float] | None) -> str:
+    return "" if value is None or interval is None else f"{value:.3f} ({'..'.join(map(_figure, interval))})"
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "demo": demo, "benchmarks": benchmarks, "scope": scope, "leaderboard": leaderboard
+}  # fmt: skip
+
+
+def figures(name: str) -> Path:
+    """The file that a table is made from."""
+    return RESULTS / name / ("leaderboard.json" if name == "leaderboard" else "summary.json")
 
 
 def filled(readme: str, name: str, table: str) -> str:
@@ -73,9 +105,8 @@ def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     for name, table in TABLES.items():
-        summary = RESULTS / name / "summary.json"
-        if summary.is_file():
-            text = filled(text, name, table(json.loads(summary.read_text(encoding="utf-8"))))
+        if figures(name).is_file():
+            text = filled(text, name, table(json.loads(figures(name).read_text(encoding="utf-8"))))
     path.write_text(text, encoding="utf-8")
 
 
