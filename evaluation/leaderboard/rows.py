@@ -99,19 +99,16 @@ def row_of(job: Job) -> Row:
 
 def behind(first: Job, job: Job) -> Interval:
     """How much higher the mean of `first` is; records are drawn in pairs, so what makes some hard for both cancels."""
-    if any(len({same(one) for one in (first, job)}) > 1 for same in (_checksum, _cases)):
+    if _scored(first) != _scored(job):
         return UNKNOWN
     pairs = zip(record_scores(first), record_scores(job), strict=True)
     differences = [[one[name] - other[name] for name in THREE] for one, other in pairs]
     return interval_of_mean_score(differences, job.config["seed"])
 
 
-def _checksum(job: Job) -> str:
-    return str(job.config["dataset"]["checksum"])
-
-
-def _cases(job: Job) -> tuple[str, ...]:
-    return tuple(record.case_id for record in job.records)
+def _scored(job: Job) -> tuple[str, list[str]]:
+    """The file and the records of it."""
+    return job.config["dataset"]["checksum"], [record.case_id for record in job.records]
 
 
 def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:

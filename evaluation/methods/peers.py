@@ -179,7 +179,7 @@ class Peer:
     def kept_bytes(self) -> int:
         """Of what the method keeps for its edits beside the model's weights, which most methods change themselves."""
         kept = [getattr(*_place(place), None) for place in self.traits.memory]
-        kept += [value for name, value in vars(self.hparams).items() if name.startswith("_simie_")]
+        kept += self._simie().values()
         if not self.traits.adapter:
             return _bytes(kept)
         place, name = self._adapter_place()
@@ -196,9 +196,7 @@ class Peer:
             "calls": self._calls,
             "weights": {name: p.detach().clone().cpu() for name, p in self._written_weights()},
             "memory": {place: copy.deepcopy(getattr(*_place(place), None)) for place in self.traits.memory},
-            "simie": {
-                name: copy.deepcopy(value) for name, value in vars(self.hparams).items() if name.startswith("_simie_")
-            },
+            "simie": copy.deepcopy(self._simie()),
         }
         if self.traits.adapter:
             place, name = self._adapter_place()
@@ -231,7 +229,7 @@ class Peer:
             parameters[name].copy_(value)
         for place_of, value in state["memory"].items():
             setattr(*_place(place_of), copy.deepcopy(value))
-        for name in [name for name in vars(self.hparams) if name.startswith("_simie_")]:
+        for name in self._simie():
             delattr(self.hparams, name)
         for name, value in state["simie"].items():
             setattr(self.hparams, name, copy.deepcopy(value))
@@ -255,6 +253,10 @@ class Peer:
         for name, parameter in self.model.named_parameters():
             if not marks or any(f"{mark.removesuffix('.weight')}." in name for mark in marks):
                 yield name, parameter
+
+    def _simie(self) -> dict[str, Any]:
+        """What SimIE keeps from one edit to the next, on its hyperparameters."""
+        return {name: value for name, value in vars(self.hparams).items() if name.startswith("_simie_")}
 
     def _settings_parts(self) -> list[Any]:
         """The hyperparameters, and those of the method inside it."""
