@@ -12,6 +12,7 @@ from typing import Any
 
 from .data import Probe, Record, answerable
 from .journal import Journal
+from .methods.peers import set_batch_size
 from .metrics import agreement
 from .protocol import BEFORE, Reading, after_phase
 
@@ -38,15 +39,9 @@ def entry_point(
     # One call for each batch: the release's tells the scores of its last one only, UltraEdit's takes no short one.
     found = []
     for part in parts:
-        _set_batch_size(editor.hparams, min(size, len(part)))
+        set_batch_size(editor.hparams, min(size, len(part)))
         found += _edited(method, part, name, sequential)
     return found
-
-
-def _set_batch_size(hparams: Any, size: int) -> None:
-    hparams.batch_size = size
-    if hasattr(hparams, "batch_size_once"):  # UltraEdit cuts each batch once more, by this
-        hparams.batch_size_once = size
 
 
 def _edited(method: Any, records: Sequence[Record], name: str, sequential: bool) -> list[dict[str, Any]]:

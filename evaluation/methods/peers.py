@@ -152,7 +152,7 @@ class Peer:
 
     def _write(self, requests: list[dict[str, Any]]) -> None:
         if self.algorithm == "ULTRAEDIT":  # it writes as many as this says, whatever it is given
-            self.hparams.batch_size = self.hparams.batch_size_once = len(requests)
+            set_batch_size(self.hparams, len(requests))
         with self._quiet():
             edited, _ = self.editor.apply_algo(
                 self.model,
@@ -328,6 +328,13 @@ class Peer:
         """What the method prints goes to a file, so that progress stays readable."""
         with self._log.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             yield
+
+
+def set_batch_size(hparams: Any, size: int) -> None:
+    """How many facts a call writes at once."""
+    hparams.batch_size = size
+    if hasattr(hparams, "batch_size_once"):  # UltraEdit cuts each batch once more, by this
+        hparams.batch_size_once = size
 
 
 def _bytes(held: Any) -> int:
