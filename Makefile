@@ -66,16 +66,17 @@ help: ## this list
 demo: $(VENV)/ready ## edit a real model with 30 facts, beside MEMIT (METHODS=coachhook leaves MEMIT out)
 	$(VENV)/bin/python -m evaluation.demo --methods $(METHODS)
 
-# Each worker takes whole files, and one thread: the tests' models are too small for more.
-RUN_TESTS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+# Each worker takes whole files, the slow ones first, and one thread: the tests' models are too small for more.
+RUN_TESTS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(1)/bin/python -m pytest \
+	-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: $(VENV)/ready ## run the tests (PYTEST_ARGS=... adds options, WORKERS=... sets the processes)
-	$(call RUN_TESTS,$(VENV))
+	$(call RUN_TESTS,$(VENV)) $(PYTEST_ARGS)
 
 .PHONY: test-oldest
-test-oldest: $(VENV_OLDEST)/ready ## run the tests under transformers 4.50
-	$(call RUN_TESTS,$(VENV_OLDEST))
+test-oldest: $(VENV_OLDEST)/ready ## run the tests under transformers 4.50, but those it cannot change
+	$(call RUN_TESTS,$(VENV_OLDEST)) -m "not once" $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/ready ## check style and formatting

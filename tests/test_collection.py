@@ -62,6 +62,8 @@ def in_a_process(rank: int, folder: str, caches: list[str]) -> None:
     torch.save({i: (s.total, s.count, s.fourth) for i, s in of_layers.items()}, place / f"{rank}.pt")
 
 
+@pytest.mark.once
+@pytest.mark.slow
 def test_processes_that_share_the_text_all_get_what_one_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +82,8 @@ def test_processes_that_share_the_text_all_get_what_one_process_would(
         torch.testing.assert_close(total, expected.total, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.once
+@pytest.mark.slow
 def test_a_process_that_has_the_statistics_already_helps_one_that_has_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_wise_file() -> None:
         assert weight.shape == (HIDDEN, INNER)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_wheel_carries_every_file(tmp_path: Path) -> None:
     """Unpacked far from the checkout, as an installation is, the package still finds its files by name."""

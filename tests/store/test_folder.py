@@ -349,6 +349,7 @@ def test_a_users_own_file_beside_edits_stays_whatever_is_saved_there(
     assert set(contents_of(tmp_path)) == {*own, *told, CONFIG, ".coachhook.lock"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
 def test_a_save_killed_at_any_moment_leaves_a_folder_that_can_be_saved_to_and_nothing_in_it_for_good(
     start: Start, tiny: Any, facts: Facts, tmp_path: Path, before: int
