@@ -342,7 +342,7 @@ def read(
             ]
         counts.append([len(group) for group in probes])
         asked += [probe for group in probes for probe in group]
-    chunk = 64
+    chunk = 512  # rows of like length share a pass, and the bar moves
     said: list[Answer] = []
     for start in tqdm(range(0, len(asked), chunk), desc=what, unit="batch", leave=False):
         said += answers(model, tokenizer, asked[start : start + chunk], asking=asking)

@@ -7,6 +7,7 @@ edits (locality).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def answers(
     """Read every (prompt, answer) and note what the model says at the answer's tokens."""
     asking = asking or Asking()
     device = next(model.parameters()).device
+    spare = "logits_to_keep" in inspect.signature(model.forward).parameters
     encoded = []
     for index, (prompt, answer) in enumerate(probes):
         ids = tokenizer(f"{prompt} {answer}")["input_ids"]
@@ -78,9 +80,13 @@ def answers(
         for row, (_, _, ids) in enumerate(rows):
             ids_in[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        logits = model(input_ids=ids_in.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        asked = {"input_ids": ids_in.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        skipped = max(min(first for _, first, _ in rows) - 1, 0) if spare else 0  # places whose logits nobody reads
+        if skipped:
+            asked["logits_to_keep"] = width - skipped
+        logits = model(**asked).logits
         for row, (index, first, ids) in enumerate(rows):
-            at_answer = logits[row, first - 1 : len(ids) - 1].float()  # (answer, vocabulary)
+            at_answer = logits[row, first - 1 - skipped : len(ids) - 1 - skipped].float()  # (answer, vocabulary)
             wanted = torch.tensor(ids[first:], device=device)
             nll = F.cross_entropy(at_answer, wanted).item() if len(wanted) else math.nan
             found[index] = Answer(at_answer.argmax(-1).tolist(), list(ids[first:]), nll)
