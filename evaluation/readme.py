@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .benchmarks.report import BARS
+from .leaderboard import Row, cell
+from .leaderboard.rows import THREE
 from .protocol import METRICS
 from .tables import markdown_table
 
@@ -52,29 +54,16 @@ def scope(figures: dict[str, Any]) -> str:
     return markdown_table(head, rows, left=2) + "\n"
 
 
-def leaderboard(rows: list[dict[str, Any]]) -> str:
-    """A table for each data set, number of edits and protocol, the best mean first."""
-    plain, spread, rest = METRICS[:3], ("mean", "behind_first"), ("free_generation", "perplexity_ratio")
+def leaderboard(told: list[dict[str, Any]]) -> str:
+    """A table for each group of rows; intervals where methods are told apart by them."""
+    spread = ("mean", "behind_first")
+    columns = (*THREE, *spread, "free_generation", "perplexity_ratio", "seconds_per_edit")
     groups: dict[str, list[list[str]]] = {}
-    for row in rows:
-        cells = [
-            row["method"],
-            *(_figure(row[name]) for name in plain),
-            *(_with_ends(row[name], row[f"{name}_interval"]) for name in spread),
-            *(_figure(row[name]) for name in rest),
-            _figure(row["seconds_per_edit"], 1),
-        ]
-        groups.setdefault(f"{row['dataset']}, {row['edits']} edits, {row['protocol']}", []).append(cells)
-    columns = [name.replace("_", " ") for name in (*plain, *spread, *rest, "seconds_per_edit")]
-    return "\n\n".join(markdown_table([title, *columns], lines) for title, lines in groups.items()) + "\n"
-
-
-def _with_ends(value: float | None, interval: list[float] | None) -> str:
-    return "" if value is None or interval is None else f"{value:.3f} ({'..'.join(map(_figure, interval))})"
-
-
-def _figure(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    for row in map(Row.from_dict, told):
+        cells = [row.method, *(cell(row, name, interval=name in spread) for name in columns)]
+        groups.setdefault(row.title, []).append(cells)
+    head = [name.replace("_", " ") for name in columns]
+    return "\n\n".join(markdown_table([title, *head], lines) for title, lines in groups.items()) + "\n"
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

@@ -25,7 +25,7 @@ from .page import page
 from .plots import retention, trade_off
 from .rows import COLUMNS, Row, behind, row_of
 
-__all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "load_jobs", "markdown", "row_of"]
+__all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "row_of"]
 
 SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind_first", "free_generation",
          "perplexity_ratio", "seconds_per_edit")  # fmt: skip
@@ -90,13 +90,13 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cell(row: Row, name: str) -> str:
-    """A figure and its interval, as text."""
+def cell(row: Row, name: str, interval: bool = True) -> str:
+    """A figure, and its interval, as text."""
     value, low, high = row.metrics[name]
     if value != value:
         return ""
     digits = 1 if name in ("seconds_per_edit", "peak_megabytes", "kept_megabytes") else 3
-    return f"{value:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+    return f"{value:.{digits}f}" + (f" ({low:.{digits}f}..{high:.{digits}f})" if interval else "")
 
 
 class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]

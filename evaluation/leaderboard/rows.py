@@ -69,6 +69,14 @@ class Row:
             told[f"{name}_interval"] = [low, high] if known else None
         return told
 
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Row:
+        """What `to_dict` gave."""
+        metrics = {
+            name: UNKNOWN if told[name] is None else (told[name], *told[f"{name}_interval"]) for name in COLUMNS
+        }
+        return cls(metrics=metrics, **{name: told[name] for name in cls.__dataclass_fields__ if name != "metrics"})
+
 
 def label(config: dict[str, Any]) -> str:
     """The method's name, with what the user changed in it."""

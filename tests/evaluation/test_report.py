@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonlines
@@ -12,6 +13,7 @@ from matplotlib import image
 from rich.console import Console
 
 from evaluation.demo import choose
+from evaluation.leaderboard.rows import COLUMNS, UNKNOWN, Row
 from evaluation.protocol import METRICS, Outcome
 from evaluation.readme import ROOT, TABLES, figures, filled
 from evaluation.report import draw, print_samples, print_table, summary, write_metrics
@@ -90,15 +92,14 @@ def test_the_readme_shows_the_committed_figures(name: str) -> None:
 
 
 def test_every_group_of_a_leaderboard_has_its_table_and_what_is_unknown_stays_empty() -> None:
-    row = dict.fromkeys(("reliability", "generality", "locality", "mean", "behind_first", "perplexity_ratio"), 0.5)
-    row |= {"mean_interval": [0.4, 0.6], "behind_first_interval": None, "behind_first": None, "free_generation": None}
-    row |= {"dataset": "towns", "edits": 60, "protocol": "consecutive", "seconds_per_edit": 1.25}
-    table = TABLES["leaderboard"](
-        [{**row, "method": "A"}, {**row, "method": "B"}, {**row, "method": "A", "edits": 300}]
-    )
+    known = dict.fromkeys(("reliability", "generality", "locality", "mean", "perplexity_ratio"), (0.5, 0.4, 0.6))
+    metrics = {name: known.get(name, UNKNOWN) for name in COLUMNS} | {"seconds_per_edit": (1.25, 1.0, 1.5)}
+    row = Row("A", "towns", 60, 10, "consecutive", "m", {}, metrics, "a")
+    rows = [row, replace(row, method="B"), replace(row, edits=300)]
+    table = TABLES["leaderboard"](json.loads(json.dumps([row.to_dict() for row in rows])))
     assert [line.split("|")[1].strip() for line in table.splitlines() if "edits" in line] == [
-        "towns, 60 edits, consecutive",
-        "towns, 300 edits, consecutive",
+        "towns, 60 edits, consecutive, m",
+        "towns, 300 edits, consecutive, m",
     ]
     line = next(line for line in table.splitlines() if line.startswith("| B "))
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
