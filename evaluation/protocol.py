@@ -32,7 +32,7 @@ from .metrics import (
     Asking,
     agreement,
     answers,
-    forward_seconds,
+    forward_costs,
     generate,
     perplexity_of,
     room_for,
@@ -269,7 +269,7 @@ def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: 
     if plan.held_text:
         held = (plan.held_text, plan.held_tokens, plan.held_window)
         told["held"] = window_losses(model, tokenizer, *held, asking=asking)
-        told["forward_seconds"] = forward_seconds(
+        told["forward_costs"] = forward_costs(
             model, tokenizer, plan.held_text, repeats=plan.forward_repeats, asking=asking
         ) if plan.forward_repeats else []  # fmt: skip
     return Phase(name, told, rows)

@@ -44,7 +44,7 @@ def benchmarks(figures: dict[str, Any]) -> str:
 
 def scope(figures: dict[str, Any]) -> str:
     """The editing scopes by data set."""
-    names = ("reliability", "generality", "locality", "perplexity_ratio", "open_rate_text", "free_generation")
+    names = ("reliability", "generality", "locality", "perplexity_ratio", "open_rate_text", "starts_with_answer")
     rows = [
         [dataset, name, str(of["edits"]), *(f"{of[column]:.3f}" for column in names)]
         for dataset, scopes in figures.items()
@@ -57,7 +57,7 @@ def scope(figures: dict[str, Any]) -> str:
 def leaderboard(told: list[dict[str, Any]]) -> str:
     """A table for each group of rows; intervals where methods are told apart by them."""
     spread = ("mean", "behind_first")
-    columns = (*THREE, *spread, "free_generation", "perplexity_ratio", "seconds_per_edit")
+    columns = (*THREE, *spread, "starts_with_answer", "free_generation", "perplexity_ratio", "seconds_per_edit")
     groups: dict[str, list[list[str]]] = {}
     for row in map(Row.from_dict, told):
         cells = [row.method, *(cell(row, name, interval=name in spread) for name in columns)]

@@ -52,7 +52,7 @@ COLUMNS = (
     "locality",
     "perplexity_ratio",
     "open_rate_text",
-    "free_generation",
+    "starts_with_answer",
     "cached_as_uncached",
 )
 
@@ -149,7 +149,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int, batch_s
         **{name: value for name, value in scores.items() if not math.isnan(value)},
         "perplexity_ratio": perplexity(model, tokenizer, held) / perplexity_before,
         "open_rate_text": sum(margin >= 1 for margin in text_margins) / len(text_margins),
-        "free_generation": sum(answered) / len(answered),
+        "starts_with_answer": sum(answered) / len(answered),
         "cached_as_uncached": sum(a == b for a, b in zip(said, alone, strict=True)) / len(said),
         "margins": {
             done: {group: [round(m, 4) for m in found[group]] for group in GROUPS} for done, found in margins.items()

@@ -27,8 +27,8 @@ from .rows import COLUMNS, Row, behind, row_of
 
 __all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "row_of"]
 
-SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind_first", "free_generation",
-         "perplexity_ratio", "seconds_per_edit")  # fmt: skip
+SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind_first", "starts_with_answer",
+         "free_generation", "perplexity_ratio", "seconds_per_edit")  # fmt: skip
 
 
 def build(folder: Path) -> list[Row]:

@@ -64,9 +64,9 @@ class Job:
             return None
         rows = [row for phase in phases for row in phase.rows]
         held = [phase.told.get("held", []) for phase in phases]
-        seconds = [second for phase in phases for second in phase.told.get("forward_seconds", [])]
+        costs = [cost for phase in phases for cost in phase.told.get("forward_costs", [])]
         told = {"edits": len(rows), "held": [window for windows in held for window in windows]}
-        return Phase("batches", {**told, "forward_seconds": seconds}, rows)
+        return Phase("batches", {**told, "forward_costs": costs}, rows)
 
     @cached_property
     def toolkit(self) -> list[dict[str, Any]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from ..data import Record
@@ -185,7 +186,7 @@ def costs(job: Job, seed: int) -> dict[str, Interval]:
     return {
         "perplexity_ratio": ratio,
         "seconds_per_edit": interval_of_ratio([(told["seconds"], told["edits"]) for told in batches], seed=seed),
-        "forward_overhead": _overhead(before.told.get("forward_seconds", []), after.told.get("forward_seconds", [])),
+        "forward_overhead": _overhead(before.told.get("forward_costs", []), after.told.get("forward_costs", [])),
         "kept_megabytes": (last["kept_megabytes"],) * 3,
         "peak_megabytes": (max(told["peak_megabytes"] for told in batches),) * 3,
     }
@@ -198,7 +199,7 @@ def _by_window(read: Sequence[tuple[float, int]], windows: int) -> list[tuple[fl
 
 
 def _overhead(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """Fastest forward pass over the fastest before any edit, and how far that may be off on a machine in use."""
+    """Median cost of a forward pass over that before any edit, and how far that may be off on a machine in use."""
     if not before or not after:
         return UNKNOWN
-    return min(after) / min(before), min(after) / max(before), max(after) / min(before)
+    return median(after) / median(before), min(after) / max(before), max(after) / min(before)

@@ -4,7 +4,7 @@ from .generation import continuations, first_statement, generate, is_answered, r
 from .intervals import Interval, interval_of_mean, interval_of_mean_score, interval_of_ratio
 from .success import Success, success
 from .teacher_forcing import Answer, Asking, agreement, answers
-from .text import forward_seconds, perplexity, perplexity_of, window_losses
+from .text import forward_costs, perplexity, perplexity_of, window_losses
 
 __all__ = [
     "Answer",
@@ -15,7 +15,7 @@ __all__ = [
     "answers",
     "continuations",
     "first_statement",
-    "forward_seconds",
+    "forward_costs",
     "generate",
     "interval_of_mean",
     "interval_of_mean_score",

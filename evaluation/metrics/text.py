@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,19 +48,30 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, max_tokens: int = 40
 
 
 @torch.no_grad()
-def forward_seconds(
+def forward_costs(
     model: nn.Module, tokenizer: Any, text: str, tokens: int = 256, repeats: int = 5, asking: Asking | None = None
 ) -> list[float]:
-    """Seconds of `repeats` forward passes over the first `tokens` of `text`, after one that warms up."""
+    """Time of `repeats` forward passes over the first `tokens` of `text`, after one that warms up.
+
+    In units of one product of as many rows with the embeddings' matrix, taken in turn with them: on a machine that
+    others use too, seconds before the edits and minutes later are not those of one machine.
+    """
     device = next(model.parameters()).device
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens], device=device)[None]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight, hidden = embeddings.weight, embeddings(ids[0])  # (v, d), (t, d)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
     found = []
     for _ in range(repeats + 1):
         if asking is not None and asking.at is not None:
             asking.at(-1)
-        started = time.perf_counter()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
+        passed = seconds(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
+        found.append(passed / seconds(lambda: F.linear(hidden, weight)))
     return found[1:]

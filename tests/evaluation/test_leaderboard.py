@@ -73,7 +73,7 @@ def job(folder: Path, label: str, learned: int, steps: tuple[int, ...] = (2, 4),
     (folder / RECORDS).write_text(json.dumps([asdict(record) for record in RECORD_LIST]))
     journal = Folder(folder)
     held = [[100.0, 50], [120.0, 50]]
-    told = {"edits": 0, "held": held, "forward_seconds": [1.0, 1.2]}
+    told = {"edits": 0, "held": held, "forward_costs": [1.0, 1.2]}
     journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
     for step in steps:
         after = {**told, "edits": step, "held": [[loss + 50 * math.log(1.1), n] for loss, n in held]}
@@ -205,7 +205,7 @@ def single(folder: Path, batches: int) -> None:
     for path in (folder / "phases").iterdir():
         path.unlink()
     held = [[100.0 + 9 * i, 50] for i in range(6)]
-    told = {"edits": 0, "held": held, "forward_seconds": []}
+    told = {"edits": 0, "held": held, "forward_costs": []}
     journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
     after = [[loss + 5 * i, count] for i, (loss, count) in enumerate(held)]
     for number in range(batches):
@@ -226,7 +226,7 @@ def test_the_trade_offs_interval_is_that_of_the_mean(tmp_path: Path, monkeypatch
     """Where each record's rephrasings make up for its prompt, nothing about their mean is uncertain."""
     folder = tmp_path / "board/jobs/a"
     job(folder, "Even", 1, steps=())
-    told = {"edits": 4, "held": [[100.0, 50], [120.0, 50]], "forward_seconds": []}
+    told = {"edits": 4, "held": [[100.0, 50], [120.0, 50]], "forward_costs": []}
     rows = [{**row(i, i % 2 == 0), "rephrases": [answer(i % 2 == 1)]} for i in range(4)]
     Folder(folder).keep(Phase("after-000004", told, rows))
     bars: dict[str, list[Any]] = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluation.data import Probe, Record
-from evaluation.metrics import Asking, agreement, answers, perplexity
+from evaluation.metrics import Asking, agreement, answers, forward_costs, perplexity, text
 from evaluation.protocol import METRICS, consecutive, read, score
 
 PROBES = [
@@ -94,6 +94,34 @@ class Overwriting:
     def state(self) -> None: ...
 
     def restore(self, state: None) -> None: ...
+
+
+@pytest.mark.parametrize("slower", [1.0, 3.0])
+def test_a_machine_that_has_become_slower_is_not_told_as_the_edits_overhead(
+    slower: float, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    class Stub(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = torch.nn.Embedding(len(tokenizer), 4)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.embeddings
+
+        def forward(self, **_: Any) -> None:
+            nonlocal now
+            now += 6 * slower
+
+    def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 2 * slower
+        return hidden @ weight.T
+
+    monkeypatch.setattr(text.F, "linear", product)
+    monkeypatch.setattr(text.time, "perf_counter", lambda: now)
+    assert forward_costs(Stub(), tokenizer, "The best dish comes from Norway.", repeats=3) == [3.0] * 3
 
 
 def test_an_edit_that_a_later_batch_destroys_counts_as_lost(tiny: Callable[..., Any], tokenizer: Any) -> None:

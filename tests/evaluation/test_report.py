@@ -103,7 +103,7 @@ def test_every_group_of_a_leaderboard_has_its_table_and_what_is_unknown_stays_em
     ]
     line = next(line for line in table.splitlines() if line.startswith("| B "))
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
-        "B", "0.500", "0.500", "0.500", "0.500 (0.400..0.600)", "", "", "0.500", "1.2",
+        "B", "0.500", "0.500", "0.500", "0.500 (0.400..0.600)", "", "", "", "0.500", "1.2",
     ]  # fmt: skip
 
 
