@@ -23,8 +23,6 @@ from evaluation.journal import FAILED, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
 from evaluation.run import CONF, job_folder, key, resolved
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds_per_edit", "forward_overhead", "peak_megabytes")
 

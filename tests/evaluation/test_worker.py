@@ -41,7 +41,6 @@ def test_a_method_never_learns_to_leave_alone_what_it_is_scored_on() -> None:
         left_alone(dataset(list(facts), []))
 
 
-@pytest.mark.once
 def test_two_processes_never_work_in_one_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "evaluation.worker", str(tmp_path)]
     with FileLock(tmp_path / LOCK):

@@ -25,6 +25,8 @@ import coachhook_plugin.store.files
 import coachhook_plugin.store.journal
 from coachhook_plugin import EditSession, FolderError, load_edits
 
+pytestmark = pytest.mark.once
+
 Start = Callable[..., EditSession]
 Facts = list[dict[str, str]]
 
@@ -219,7 +221,6 @@ def test_a_temporary_file_of_safetensors_does_not_outlive_a_kill(
     assert not [path for path in tmp_path.rglob(".*") if path.name != ".coachhook.lock"]
 
 
-@pytest.mark.once
 def test_a_second_writer_is_refused_until_the_first_is_gone(
     start: Start, resume: Any, facts: Facts, tmp_path: Path, settings: Any, tiny: Any, tokenizer: Any
 ) -> None:
@@ -460,7 +461,6 @@ def test_copies_of_a_session_do_not_write_to_its_folder(
     assert len(resume(tmp_path)) == 2
 
 
-@pytest.mark.once
 def test_sessions_killed_at_random_moments_end_as_the_undisturbed_one(tmp_path: Path) -> None:
     """`python tests/kill_many.py` does it 200 times."""
     kills = os.environ.get("COACHHOOK_KILLS", "12")
@@ -471,7 +471,6 @@ def test_sessions_killed_at_random_moments_end_as_the_undisturbed_one(tmp_path: 
     assert done.stdout.startswith(f"{kills} kills")
 
 
-@pytest.mark.once
 @torch.no_grad()
 def test_a_flipped_byte_anywhere_is_found_or_changes_nothing(
     start: Start, tiny: Any, facts: Facts, tmp_path: Path
