@@ -53,13 +53,13 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt .ci/constraints-common.txt
 
 # The same packages, behind an older transformers and what it needs.
 OLDEST := .ci/constraints-transformers-4.50.txt
-BEHIND = import site; site.addsitedir('$(shell $(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')')
+PACKAGES_OF = $$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')
 
 $(VENV_OLDEST)/ready: $(VENV)/ready $(OLDEST)
 	@rm -rf $(VENV_OLDEST) && $(VENV)/bin/python -m venv --without-pip $(VENV_OLDEST)
 	@echo "$(VENV_OLDEST): transformers"
 	@$(VENV)/bin/python -m pip --python $(VENV_OLDEST)/bin/python install -qq --no-compile --no-deps -r $(OLDEST)
-	@echo "$(BEHIND)" > $$($(VENV_OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	@echo "import site; site.addsitedir('$(call PACKAGES_OF,$(VENV))')" > "$(call PACKAGES_OF,$(VENV_OLDEST))/behind.pth"
 	@echo '$(CURDIR)' > $@.part && mv $@.part $@
 	@echo "$(VENV_OLDEST): ready"
 
