@@ -12,7 +12,7 @@ from typing import Any
 
 from .data import Probe, Record, answerable
 from .journal import Journal
-from .methods.peers import set_batch_size
+from .methods.peers import Peer, set_batch_size
 from .metrics import agreement
 from .protocol import BEFORE, Reading, after_phase
 
@@ -31,6 +31,11 @@ def entry_point(
     size = 1 if name == "edit" else batch_size
     if name == "batch_edit" and method.one_by_one:
         raise ValueError(f"the toolkit cannot edit batches with {method.name}; say protocol=edit")
+    if sequential and name == "batch_edit" and isinstance(method, Peer) and not _of_checkout(editor.batch_edit):
+        raise ValueError(
+            f"the release's batch_edit scores {method.name}'s `pre` after it has written edits that stay, so that no "
+            "locality could be told; say protocol=consecutive, or set EASYEDIT_HOME to a checkout"
+        )
     parts = [records[start : start + size] for start in range(0, len(records), size)]
     if not sequential:
         parts = [answerable(part) for part in parts]
@@ -42,6 +47,11 @@ def entry_point(
         set_batch_size(editor.hparams, min(size, len(part)))
         found += _edited(method, part, name, sequential)
     return found
+
+
+def _of_checkout(entry: Any) -> bool:
+    """Whether an entry method is a checkout's; the release's keep what they put back, and score afterwards."""
+    return "keep_original_weight" not in inspect.signature(entry).parameters
 
 
 def _edited(method: Any, records: Sequence[Record], name: str, sequential: bool) -> list[dict[str, Any]]:
@@ -63,7 +73,7 @@ def _edited(method: Any, records: Sequence[Record], name: str, sequential: bool)
     if "locality_inputs" not in known:
         places = ("locality_prompts", "locality_ground_truth")
     probes = ([record.locality for record in records], [record.portability for record in records])
-    gaps = "keep_original_weight" not in known
+    gaps = _of_checkout(entry)
     extra |= {place: _by_kind(of, gaps) for place, of in zip(places, probes, strict=True)}
     found, _, _ = entry(
         prompts=[record.prompt for record in records],

@@ -22,9 +22,11 @@ from typing import Any
 
 import hydra
 import yaml
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .journal import BUSY, CONFIG, DONE, FAILED
+from .journal import BUSY, CONFIG, DONE, FAILED, LOCK
 from .methods.settings import settings
 from .sources import load_dataset
 
@@ -33,6 +35,7 @@ CONF = Path(__file__).parent / "conf"
 FREE = ("run", "out", "snapshots", "threads", "again")
 # Files are known by their content, wherever they lie.
 PLACES = ("path", "file", "split")
+IN_USE = "another process is at work in its folder; wait for it, or end it"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -40,10 +43,13 @@ def main(config: DictConfig) -> None:
     """One combination. What cannot be run is told at the end, so that the others of a sweep are."""
     try:
         told = resolved(config)
-    except (ValueError, OSError) as error:
-        folder = Path(config.out) / config.run / "jobs" / f"{slug(config.method.label)}-refused"
+    except Exception as error:  # Hydra would end the sweep without a leaderboard
+        known = isinstance(error, ValueError | OSError)  # says by itself what is wrong
+        asked = HydraConfig.get().job.override_dirname
+        name = "-".join(filter(None, (slug(asked)[:80], _digest(asked), "refused")))
+        folder = Path(config.out) / config.run / "jobs" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED).write_text(f"{error}\n", encoding="utf-8")
+        (folder / FAILED).write_text(f"{'' if known else f'{type(error).__name__}: '}{error}\n", encoding="utf-8")
     else:
         run_job(told)
 
@@ -57,22 +63,49 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         changes.setdefault("seed", told["seed"])
     if model["device"] is not None:
         changes["device"] = model["device"]
-    told["hparams"] = settings(method["name"], model["name"], changes, method.pop("hparams"))
+    own = method.pop("hparams")
+    if own:
+        method["file"] = Path(own).name
+    told["hparams"] = settings(method["name"], model["name"], changes, own)
     data = load_dataset(edits=told["edits"], **told["dataset"])
     told["dataset"] = {**told["dataset"], "checksum": data.checksum, "skipped": data.skipped}
     if told["held_text"]:
         told["held_checksum"] = hashlib.sha256(Path(told["held_text"]).read_bytes()).hexdigest()
     base = told["hparams"].get("base_method")
-    told["base_hparams"] = base and settings(base, model["name"])
+    told["base_hparams"] = base and settings(base, model["name"], path=method.pop("base_hparams", None))
+    texts = texts_of(told)
+    if texts:
+        told["texts"] = texts
     told["toolkit"] = "checkout" if os.environ.get("EASYEDIT_HOME") else "release"
     return told
+
+
+def texts_of(told: dict[str, Any]) -> dict[str, str]:
+    """Checksums of the files that the key statistics are made from, where a user gives files of their own."""
+    statistics = told["model"]["statistics"]
+    shared = yaml.safe_load(Path(statistics).read_text(encoding="utf-8")) if _is_file(statistics) else {}
+    named = {
+        "statistics": statistics,
+        "mom2_dataset": told["hparams"].get("mom2_dataset"),
+        "statistics.mom2_dataset": shared.get("mom2_dataset"),
+    }
+    files = {name: Path(path) for name, path in named.items() if _is_file(path)}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def _is_file(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).is_file()
 
 
 def key(told: dict[str, Any]) -> str:
     """A short name for everything that a user sets of what a job's figures depend on: not for versions of programs."""
     kept = {name: value for name, value in told.items() if name not in (*FREE, "held_text")}
     kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    return _digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def job_folder(told: dict[str, Any]) -> Path:
@@ -94,8 +127,9 @@ def run_job(told: dict[str, Any]) -> None:
     A failure is written beside the results and told at the end (`leaderboard.AtTheEnd`), so that a sweep goes on.
     """
     folder = job_folder(told)
-    if told["again"]:
-        shutil.rmtree(folder, ignore_errors=True)
+    if told["again"] and not emptied(folder):
+        _fail(folder, IN_USE)
+        return
     if (folder / DONE).is_file():
         print(f"{folder.name}: done already", flush=True)
         return
@@ -106,11 +140,29 @@ def run_job(told: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "evaluation.worker", str(folder)]
     done = subprocess.run(command, input=json.dumps(told), text=True, env=_environment())
     if done.returncode == BUSY:
-        (folder / FAILED).write_text(
-            "another process is at work in its folder; wait for it, or end it\n", encoding="utf-8"
-        )
+        _fail(folder, IN_USE)
     elif done.returncode and not (folder / FAILED).is_file():
-        (folder / FAILED).write_text(f"its process ended with status {done.returncode}\n", encoding="utf-8")
+        _fail(folder, f"its process ended with status {done.returncode}")
+
+
+def emptied(folder: Path) -> bool:
+    """Forget what is in a job's folder; False where another process is at work there."""
+    if not folder.is_dir():
+        return True
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+    except Timeout:
+        return False
+    return True
+
+
+def _fail(folder: Path, why: str) -> None:
+    (folder / FAILED).write_text(f"{why}\n", encoding="utf-8")
 
 
 def shareable(told: dict[str, Any]) -> dict[str, Any]:

@@ -32,10 +32,12 @@ def load_dataset(
     split: str | None = None,
     shape: str | None = None,
     order: str = "first",
+    skip: int = 0,
 ) -> Dataset:
     """The first `edits` records, or `edits` of them evenly spread over the file (`order: spread`).
 
     Args:
+        skip: how many records to leave out before the first.
         path: a local file, or a data set's name on the hub; the shipped facts where not given and the name is "facts".
         file: which file of that data set; its rows are read through `datasets` where not given.
         split: which part of that data set.
@@ -48,6 +50,8 @@ def load_dataset(
         raise ValueError(f"dataset.order is {order!r}; choose first or spread")
     if edits < 1:
         raise ValueError(f"edits is {edits}; it must be at least 1")
+    if skip < 0:
+        raise ValueError(f"dataset.skip is {skip}; give a number of records, from 0 on")
     if path is None and name != FACTS_NAME:
         raise ValueError(
             f"dataset.path is not set: the records of {name} do not come with this project; give a file, or a data "
@@ -55,10 +59,14 @@ def load_dataset(
         )
     raw, checksum = _read(str(FACTS) if path is None else path, file, split)
     found = records_of(raw, path or FACTS_NAME, None, shape)
-    if len(found) < edits:
+    if len(found) - skip < edits:
         left = f", {sum(found.skipped.values())} more cannot be edited" if found.skipped else ""
-        raise ValueError(f"edits is {edits}, but {path or FACTS_NAME} has {len(found)} records{left}; ask for fewer")
-    chosen = _chosen(len(found), edits, order)
+        after = f" after the {skip} that dataset.skip leaves out" if skip else ""
+        raise ValueError(
+            f"edits is {edits}, but {path or FACTS_NAME} has {max(0, len(found) - skip)} records{after}{left}; ask "
+            "for fewer"
+        )
+    chosen = [skip + i for i in _chosen(len(found) - skip, edits, order)]
     return Dataset(
         name=name,
         records=answerable([found[i] for i in chosen]),

@@ -57,11 +57,17 @@ def work(told: dict[str, Any], folder: Path) -> None:
     held = (Path(told["held_text"]) if told["held_text"] else HELD_TEXT).read_text(encoding="utf-8")
     settle_paths(told)
     write(folder / RECORDS, [asdict(record) for record in data.records])
-    write(folder / ABOUT, about(told, data))
+    write(folder / ABOUT, with_earlier(about(told, data), folder / ABOUT))
     os.chdir(folder)  # the toolkit writes its logs into the working directory
     seed_everything(told["seed"])
-    statistics = told["model"]["statistics"]
-    method = build(told["method"]["name"], told["model"]["name"], folder, told["hparams"], statistics)
+    method = build(
+        told["method"]["name"],
+        told["model"]["name"],
+        folder,
+        told["hparams"],
+        told["model"]["statistics"],
+        told["base_hparams"],
+    )
     if getattr(method, "algorithm", "") == "WISE":
         method.loc_prompts = left_alone(data)
     protocol = told["protocol"]
@@ -145,8 +151,11 @@ def about(told: dict[str, Any], data: Dataset) -> dict[str, Any]:
     """What the figures were made with."""
     asked = told["hparams"].get("device")
     on_cuda = torch.cuda.is_available() and asked not in ("cpu", "mps")
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    if told["toolkit"] == "checkout":  # then the installed release, if there is one, is not what ran
+        del versions["easyeditor"]
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions,
         "toolkit": told["toolkit"],
         "toolkit_commit": _commit(os.environ.get("EASYEDIT_HOME")) if told["toolkit"] == "checkout" else None,
         "project_commit": _commit(str(Path(__file__).parent.parent)),
@@ -156,6 +165,17 @@ def about(told: dict[str, Any], data: Dataset) -> dict[str, Any]:
         "seed": told["seed"],
         "data": {"name": data.name, "sha256": data.checksum, "skipped": data.skipped},
     }
+
+
+def with_earlier(now: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`now`, and under "earlier" what a run that goes on was begun with, where that differs."""
+    if not path.is_file():
+        return now
+    old = json.loads(path.read_text(encoding="utf-8"))
+    earlier = old.pop("earlier", [])
+    if old != now:
+        earlier = [*earlier, old]
+    return {**now, "earlier": earlier} if earlier else now
 
 
 def write(path: Path, content: Any) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from ..tables import markdown_table
-from .jobs import Job, load_jobs, unfinished
+from .jobs import Job, load_jobs, mixed, unfinished
 from .page import page
 from .plots import retention, trade_off
-from .rows import COLUMNS, Row, behind, row_of
+from .rows import COLUMNS, Row, behind, row_of, told_apart, unedited
 
 __all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "row_of"]
 
@@ -40,17 +40,29 @@ def build(folder: Path) -> list[Row]:
     firsts: dict[Any, Job] = {}
     for row, job in found:
         row.metrics["behind_first"] = behind(firsts.setdefault(row.group, job), job)
-    rows, jobs = [row for row, _ in found], [job for _, job in found]
+    jobs = [job for _, job in found]
+    edited = told_apart([row for row, _ in found], jobs)
+    rows = sorted([*edited, *_unedited(edited, jobs, firsts)], key=_order)
     told = [row.to_dict() for row in rows]
     (folder / "leaderboard.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "leaderboard.csv").write_text(table(rows), encoding="utf-8")
     (folder / "leaderboard.md").write_text(markdown(rows), encoding="utf-8")
     plots = {}
     for name, draw in (("retention", retention), ("trade-off", trade_off)):
-        if draw(rows, jobs, folder / name):
+        if draw(edited, jobs, folder / name):
             plots[name] = (folder / f"{name}.svg").read_text(encoding="utf-8")
     (folder / "leaderboard.html").write_text(page(folder.name, rows, jobs, plots), encoding="utf-8")
     return rows
+
+
+def _unedited(rows: Sequence[Row], jobs: Sequence[Job], firsts: dict[Any, Job]) -> list[Row]:
+    """A row for each group, from its best job."""
+    found: dict[Any, Row] = {}
+    for row, job in zip(rows, jobs, strict=True):
+        if row.group not in found and job.before is not None:
+            found[row.group] = unedited(row, job)
+            found[row.group].metrics["behind_first"] = behind(firsts[row.group], job, 0)
+    return list(found.values())
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -85,7 +97,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] = SHOWN) -> str:
     for title, group in groups.items():
         used = [name for name in columns if any(row.metrics[name][0] == row.metrics[name][0] for row in group)]
         head = ["method", "batch", *(name.replace("_", " ") for name in used)]
-        lines = [[row.method, str(row.batch_size), *(cell(row, name) for name in used)] for row in group]
+        lines = [[row.method, str(row.batch_size or ""), *(cell(row, name) for name in used)] for row in group]
         parts.append(f"### {title}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(parts) + "\n"
 
@@ -121,6 +133,8 @@ class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]
             traceback.print_exc()
         if rows:
             print(f"\n{markdown(rows)}\n{len(rows)} rows in {folder}/leaderboard.html, .md, .csv and .json")
+            if different := mixed(load_jobs(folder)):
+                print(f"These rows were made with different programs: {different}", file=sys.stderr)
         failed = [(job, why) for job, why, when in unfinished(folder) if when >= self.started]
         for job, why in failed:
             print(f"{job} did not finish: {why}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,17 @@ class Job:
 def load_jobs(folder: Path) -> list[Job]:
     """Every finished job under `folder`."""
     return [Job(path.parent) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
+
+
+def mixed(jobs: Sequence[Job]) -> str:
+    """What programs the jobs were made with that not all of them share, as text; empty where all agree."""
+    made = [{**job.about.get("versions", {}), "toolkit": job.about.get("toolkit_commit")} for job in jobs]
+    told = []
+    for name in dict.fromkeys(name for one in made for name in one):
+        found = sorted({str(one[name]) for one in made if one.get(name)})
+        if len(found) > 1:
+            told.append(f"{name} {' and '.join(found)}")
+    return ", ".join(told)
 
 
 def unfinished(folder: Path) -> list[tuple[str, str, float]]:

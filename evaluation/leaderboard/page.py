@@ -14,7 +14,7 @@ from typing import Any
 from ..data import Probe, Record
 from ..journal import Phase
 from .jobs import Job
-from .rows import COLUMNS, SCORES, Row, record_scores
+from .rows import COLUMNS, SCORES, UNEDITED, Row, record_scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
 GROUPS = ("prompt", "rephrases", "locality", "portability")
@@ -72,7 +72,12 @@ def _data(rows: Sequence[Row], jobs: Sequence[Job]) -> dict[str, Any]:
     sets: list[list[dict[str, Any]]] = []
     places: dict[str, int] = {}
     told = []
-    for row, job in zip(rows, jobs, strict=True):
+    by_name = {job.folder.name: job for job in jobs}
+    for row in rows:
+        if row.method == UNEDITED:
+            told.append(_row(row))
+            continue
+        job = by_name[row.job]
         key = json.dumps([job.config["dataset"]["checksum"], [record.case_id for record in job.records]])
         if key not in places:
             places[key] = len(sets)
@@ -84,7 +89,7 @@ def _data(rows: Sequence[Row], jobs: Sequence[Job]) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     told = row.to_dict()
     figures = {name: [told[name], *told[f"{name}_interval"]] for name in COLUMNS if told[name] is not None}
-    kept = ("method", "dataset", "edits", "batch_size", "protocol", "model")
+    kept = ("method", "dataset", "skip", "edits", "batch_size", "protocol", "model")
     return {**{name: told[name] for name in kept}, "figures": {name: _short(v) for name, v in figures.items()}}
 
 

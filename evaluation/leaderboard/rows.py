@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..protocol import METRICS, Reading, score
 from .jobs import Job
 
 UNKNOWN: Interval = (math.nan, math.nan, math.nan)
+UNEDITED = "unedited"
 # The three that every published comparison has.
 THREE = ("reliability", "generality", "locality")
 # Of each record.
@@ -42,6 +43,7 @@ class Row:
 
     method: str
     dataset: str
+    skip: int  # records of the data set before the first one edited
     edits: int
     batch_size: int
     protocol: str
@@ -51,14 +53,15 @@ class Row:
     job: str  # its folder
 
     @property
-    def group(self) -> tuple[str, str, str, int]:
-        """Rows that are compared with each other: model, data set, protocol, number of edits."""
-        return self.model, self.dataset, self.protocol, self.edits
+    def group(self) -> tuple[str, str, int, str, int]:
+        """Rows that are compared with each other: model, data set and place in it, protocol, number of edits."""
+        return self.model, self.dataset, self.skip, self.protocol, self.edits
 
     @property
     def title(self) -> str:
         """Of its group."""
-        return f"{self.dataset}, {self.edits} edits, {self.protocol}, {self.model}"
+        start = f" from record {self.skip + 1}" if self.skip else ""
+        return f"{self.dataset}{start}, {self.edits} edits, {self.protocol}, {self.model}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
@@ -90,41 +93,71 @@ def row_of(job: Job) -> Row:
     """Everything that one job measured."""
     config = job.config
     seed = config["seed"]
-    scores = record_scores(job)
-    metrics = {name: interval_of_mean([one[name] for one in scores], seed) for name in SCORES}
-    metrics["mean"] = interval_of_mean_score([[one[name] for name in THREE] for one in scores], seed)
     return Row(
         method=label(config),
         dataset=config["dataset"]["name"],
+        skip=config["dataset"].get("skip", 0),
         edits=config["edits"],
         batch_size=job.done["batch_size"],
         protocol=config["protocol"]["name"] + (", sequential" if config["protocol"].get("sequential") else ""),
         model=config["model"]["name"],
         overrides=config["method"]["overrides"],
-        metrics={**metrics, "behind_first": UNKNOWN, **costs(job, seed)},
+        metrics={**_scored(record_scores(job), seed), **costs(job, seed)},
         job=job.folder.name,
     )
 
 
-def behind(first: Job, job: Job) -> Interval:
+def unedited(row: Row, job: Job) -> Row:
+    """The model that a job began with, as a row of its group: what doing nothing is worth."""
+    one: Interval = (1.0, 1.0, 1.0)
+    metrics = dict.fromkeys(COSTS, UNKNOWN) | {"perplexity_ratio": one}
+    metrics |= _scored(record_scores(job, 0), job.config["seed"])
+    return replace(row, method=UNEDITED, batch_size=0, overrides={}, metrics=metrics)
+
+
+def _scored(scores: Sequence[dict[str, float]], seed: int) -> dict[str, Interval]:
+    metrics = {name: interval_of_mean([one[name] for one in scores], seed) for name in SCORES}
+    metrics["mean"] = interval_of_mean_score([[one[name] for name in THREE] for one in scores], seed)
+    return {**metrics, "behind_first": UNKNOWN}
+
+
+def behind(first: Job, job: Job, step: int | None = None) -> Interval:
     """How much higher the mean of `first` is; records are drawn in pairs, so what makes some hard for both cancels."""
-    if _scored(first) != _scored(job):
+    if _records(first) != _records(job):
         return UNKNOWN
-    pairs = zip(record_scores(first), record_scores(job), strict=True)
+    pairs = zip(record_scores(first), record_scores(job, step), strict=True)
     differences = [[one[name] - other[name] for name in THREE] for one, other in pairs]
     return interval_of_mean_score(differences, job.config["seed"])
 
 
-def _scored(job: Job) -> tuple[str, list[str]]:
+def told_apart(rows: Sequence[Row], jobs: Sequence[Job]) -> list[Row]:
+    """The rows, with what their configurations differ in added to names that a group has more than once."""
+    parts = (
+        lambda row, job: f"batches of {row.batch_size}",
+        lambda row, job: job.config["method"].get("file", ""),
+        lambda row, job: row.job.rpartition("-")[2],
+    )
+    found = list(rows)
+    for part in parts:
+        named = [(row.group, row.method) for row in found]
+        added = [part(row, job) for row, job in zip(found, jobs, strict=True)]
+        for i, name in enumerate(named):
+            others = {added[k] for k, other in enumerate(named) if other == name}
+            if len(others) > 1 and added[i]:
+                found[i] = replace(found[i], method=f"{found[i].method}, {added[i]}")
+    return found
+
+
+def _records(job: Job) -> tuple[str, list[str]]:
     """The file and the records of it."""
     return job.config["dataset"]["checksum"], [record.case_id for record in job.records]
 
 
 def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:
-    """Every score of every record, after the last edit or after `step` edits."""
+    """Every score of every record, after the last edit or after `step` edits; 0: before the first."""
     if job.toolkit is not None:
         return [_toolkit_scores(metric["post"]) for metric in job.toolkit]
-    after = job.after if step is None else job.steps[step]
+    after = job.before if step == 0 else job.after if step is None else job.steps[step]
     assert job.before is not None
     assert after is not None
     pairs = zip(job.readings(job.before), job.readings(after), strict=False)

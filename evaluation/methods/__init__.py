@@ -31,6 +31,7 @@ def build(
     folder: Path,
     given: Mapping[str, Any] | None = None,
     statistics: str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> EditingMethod:
     """The method called `name`, ready to edit.
 
@@ -39,6 +40,7 @@ def build(
         folder: where a toolkit method writes what it prints, and files of its own.
         given: hyperparameters as a mapping (`settings`); those shipped for `model` where not given.
         statistics: CoachHooK's hyperparameters that say which key statistics are shared; those for `model`.
+        base: hyperparameters of the method inside it (SimIE's); those shipped for `model` where not given.
 
     Raises:
         ValueError: the toolkit at hand has no such method, or nothing is shipped for the model.
@@ -47,4 +49,6 @@ def build(
     config = dict(given) if given is not None else settings(name, model)
     if config["alg_name"] == COACHHOOK:
         return CoachHooK(CoachHooKHparams.from_dict(config))
-    return Peer(config, CoachHooKHparams.from_hparams(statistics or model), folder)
+    if base is None and config.get("base_method"):
+        base = settings(config["base_method"], model)
+    return Peer(config, CoachHooKHparams.from_hparams(statistics or model), folder, base)

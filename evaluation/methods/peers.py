@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import math
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +24,14 @@ import torch
 import yaml
 from torch import nn
 
-from coachhook_plugin.cache import cache_dir
+from coachhook_plugin.cache import cache_dir, write_whole
 from coachhook_plugin.hparams import SMALL_MODEL, CoachHooKHparams
 from coachhook_plugin.smollm2 import smollm2_path
 from coachhook_plugin.toolkit import import_easyeditor
 
 from ..data import Record
 from ..metrics import Asking
-from .settings import ALGORITHMS, settings
+from .settings import ALGORITHMS
 from .statistics import share_statistics
 
 MODELS = "easyeditor.models"
@@ -83,18 +84,25 @@ class Peer:
         config: its hyperparameters, as in its YAML file.
         ours: CoachHooK's hyperparameters, which say where the shared key statistics come from.
         folder: for what it prints, and for files of its own.
+        base: hyperparameters of the method inside it (SimIE's `base_method`).
 
     Raises:
         ValueError: this toolkit has no such method.
     """
 
-    def __init__(self, config: Mapping[str, Any], ours: CoachHooKHparams, folder: Path) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        ours: CoachHooKHparams,
+        folder: Path,
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
         self.toolkit: Any = import_easyeditor()
         self.algorithm = self._algorithm(str(config["alg_name"]))
         self.name = ALGORITHMS.get(self.algorithm.lower(), self.algorithm)
         self.traits = TRAITS.get(self.algorithm, Traits())
         self._log, self._folder = folder / f"{self.name.lower()}.log", folder
-        hparams = self._hparams(dict(config))
+        hparams = self._hparams(dict(config), base)
         with self._quiet():
             self.editor: Any = self.toolkit.BaseEditor.from_hparams(hparams)
         self.model: nn.Module = self.editor.model
@@ -126,10 +134,13 @@ class Peer:
         return Asking(alone=self.traits.alone, use_cache=self.traits.use_cache, at=at)
 
     def prepare(self) -> None:
-        """Sample the contexts that it puts before prompts; the statistics are laid ready when it is made.
+        """Sample the contexts that it puts before prompts, and make AlphaEdit's projection; the statistics are laid
+        ready when it is made.
 
         Before the first state, so that no batch's time holds it, and every batch and process has the same ones.
         """
+        if self.algorithm == "AlphaEdit" and not Path(self.hparams.P_loc).is_file():
+            self._project()
         for place in self.traits.memory:
             module, name = _place(place)
             if name == TEMPLATES and getattr(module, name) is None:
@@ -141,6 +152,14 @@ class Peer:
         known = inspect.signature(sample).parameters
         more = {"length_params": WISE_LENGTHS if lengths is None else lengths, "device": self.editor.model.device}
         sample(self.model, self.tokenizer, **{name: value for name, value in more.items() if name in known})
+
+    def _project(self) -> None:
+        """AlphaEdit's null space of C0 by layer, where its first batch would write it and every later one reads it."""
+        of_layer = importlib.import_module(f"{MODELS}.alphaedit.AlphaEdit_main").get_project
+        hparams = self.hparams
+        with self._quiet():
+            found = torch.stack([of_layer(self.model, self.tokenizer, layer, hparams) for layer in hparams.layers])
+        write_whole(Path(hparams.P_loc), lambda stream: torch.save(found, stream))
 
     def edit(self, records: Sequence[Record]) -> None:
         self.edit_requests([record.request() for record in records])
@@ -289,7 +308,7 @@ class Peer:
             "the top folder of a checkout for the newer ones"
         )
 
-    def _hparams(self, config: dict[str, Any]) -> Any:
+    def _hparams(self, config: dict[str, Any], base: Mapping[str, Any] | None) -> Any:
         """The method's own hyperparameter object, made by its own reader from a file beside the results."""
         cls = _hparams_class(self.algorithm)
         known = {field.name for field in dataclasses.fields(cls)}
@@ -297,10 +316,8 @@ class Peer:
             if name not in known:
                 config.pop(name, None)
         made = self._written_file(config)
-        base = config.get("base_method")
-        if base is not None:
-            inner = settings(base, made.stem)
-            self._written_file({**inner, "device": config["device"]})
+        if base is not None:  # its reader looks for it under the same name
+            self._written_file({**base, "model_name": config["model_name"], "device": config["device"]})
         with self._quiet():
             hparams = cls.from_hparams(str(made))
         if self.algorithm == "WISE":
@@ -333,8 +350,8 @@ class Peer:
 def set_batch_size(hparams: Any, size: int) -> None:
     """How many facts a call writes at once."""
     hparams.batch_size = size
-    if hasattr(hparams, "batch_size_once"):  # UltraEdit cuts each batch once more, by this
-        hparams.batch_size_once = size
+    if hasattr(hparams, "batch_size_once"):  # UltraEdit reads a batch in parts of this size, and drops what is left
+        hparams.batch_size_once = math.gcd(hparams.batch_size_once, size)
 
 
 def _bytes(held: Any) -> int:

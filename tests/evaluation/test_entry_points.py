@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from evaluation.data import Probe, Record
 from evaluation.entry_points import entry_point
+from evaluation.methods.peers import Peer, Traits
 
 RECORDS = [
     Record(f"r{i}", f"Town {i} lies in", f"Town {i}", "Rome", portability=(Probe("hop", f"Who rules {i}?", "Ida"),))
@@ -58,12 +60,38 @@ def call(editor: Editor, name: str, batch_size: int, records: Sequence[Record] =
     return found
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
-def test_a_batch_is_written_at_once_and_a_short_last_one_is_taken(batch_size: int) -> None:
-    editor = Editor(batch_size=1, batch_size_once=1)
+@pytest.mark.parametrize(("once", "batch_size", "parts"), [
+    (1, 1, [1, 1, 1, 1, 1]),
+    (1, 5, [1, 1, 1, 1, 1]),  # as asked: in parts of two it would also train the padding of the shorter
+    (10, 2, [2, 2, 1]),
+    (10, 5, [5]),
+    (10, 9, [5]),
+    (2, 4, [2, 2, 1]),
+    (2, 3, [1, 1, 1, 1, 1]),  # two do not divide three; the method would drop the third
+])  # fmt: skip
+def test_no_fact_is_dropped_by_a_method_that_cuts_its_batches(once: int, batch_size: int, parts: list[int]) -> None:
+    editor = Editor(batch_size=1, batch_size_once=once)
     call(editor, "batch_edit", batch_size)
-    prompts = [record.prompt for record in RECORDS]
-    assert editor.written == [prompts[at : at + batch_size] for at in range(0, 5, batch_size)]
+    assert [prompt for part in editor.written for prompt in part] == [record.prompt for record in RECORDS]
+    assert [len(part) for part in editor.written] == parts
+
+
+def test_a_locality_that_nobody_measured_is_not_told() -> None:
+    """The release scores `pre` after writing; where the edits stay, nothing would seem to have changed."""
+
+    class Release(Editor):
+        def batch_edit(self, prompts: Any, target_new: Any, keep_original_weight: bool = False, **more: Any) -> Any:
+            return super().batch_edit(prompts, target_new)
+
+    method = Peer.__new__(Peer)
+    method.editor, method.name, method.algorithm = Release(batch_size=1), "FT", "FT"
+    method.traits = Traits()
+    with (
+        patch.object(Peer, "one_by_one", False),
+        pytest.raises(ValueError, match="scores FT's `pre` after it has written edits that stay"),
+    ):
+        entry_point(method, RECORDS, "batch_edit", 2, sequential=True)
+    assert method.editor.written == []
 
 
 def test_methods_without_parts_get_none() -> None:

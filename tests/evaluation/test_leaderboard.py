@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import yaml
 
 from evaluation.data import Probe, Record
 from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase
-from evaluation.leaderboard import COLUMNS, build, plots
+from evaluation.leaderboard import COLUMNS, build, plots, row_of
+from evaluation.leaderboard.jobs import Job, mixed
 from evaluation.leaderboard.page import embedded
+from evaluation.leaderboard.rows import told_apart
 
 NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
 PROMISED = (
@@ -95,11 +97,58 @@ def board(tmp_path: Path) -> Path:
     return tmp_path / "board"
 
 
+def change(folder: Path, **parts: dict[str, Any]) -> None:
+    """Change parts of a job's configuration."""
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    changed = {name: {**config[name], **of} for name, of in parts.items()}
+    (folder / CONFIG).write_text(yaml.safe_dump(config | changed))
+
+
+def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    """Or else a sweep over batch sizes is four equal lines in every table, plot and menu."""
+    names = ("small", "large", "large-mine", "large-theirs-1f", "large-theirs-2e", "elsewhere")
+    for name in names:
+        job(tmp_path / name, "A", 1)
+    for name, size in zip(names, (1, 2, 2, 2, 2, 1), strict=True):
+        (tmp_path / name / DONE).write_text(json.dumps({"batch_size": size}))
+    for name, file in (
+        ("large-mine", "mine.yaml"),
+        ("large-theirs-1f", "their.yaml"),
+        ("large-theirs-2e", "their.yaml"),
+    ):
+        change(tmp_path / name, method={"file": file})
+    change(tmp_path / "elsewhere", dataset={"skip": 4})
+    jobs = [Job(tmp_path / name) for name in names]
+    rows = told_apart([row_of(one) for one in jobs], jobs)
+    assert [row.method for row in rows] == [
+        "A, batches of 1",
+        "A, batches of 2",
+        "A, batches of 2, mine.yaml",
+        "A, batches of 2, their.yaml, 1f",
+        "A, batches of 2, their.yaml, 2e",
+        "A",  # alone in its group
+    ]
+    assert rows[-1].title == "towns from record 5, 4 edits, consecutive, tiny"
+    assert told_apart(rows[:1], jobs[:1]) == [replace(rows[0], method="A, batches of 1")]
+
+
+def test_rows_made_with_different_programs_are_told(tmp_path: Path) -> None:
+    made = ({"torch": "2.13.0", "numpy": "2"}, {"torch": "2.12.0", "numpy": "2"}, {"torch": "2.13.0"})
+    for i, versions in enumerate(made):
+        job(tmp_path / str(i), "A", 1)
+        about = {"versions": versions, "toolkit_commit": None if i == 2 else "abc"}
+        (tmp_path / str(i) / ABOUT).write_text(json.dumps(about))
+    jobs = [Job(tmp_path / str(i)) for i in range(3)]
+    assert mixed(jobs) == "torch 2.12.0 and 2.13.0"
+    assert mixed([jobs[0], jobs[2]]) == ""
+
+
 def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:
     rows = json.loads((board / "leaderboard.json").read_text(), parse_constant=pytest.fail)
-    assert [row["method"] for row in rows] == ["Strong", "Strong (beta=3)", "Weak"]  # the best first
+    assert [row["method"] for row in rows] == ["Strong", "Strong (beta=3)", "Weak", "unedited"]  # the best first
     for name in PROMISED:
         assert all(name in row for row in rows)
+    *rows, unedited = rows
     for line in rows:
         for name in COLUMNS:
             low, high = line[f"{name}_interval"]
@@ -111,6 +160,11 @@ def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:
     # The two miss the same neighbour, so only what Strong learned besides is between them.
     assert weak["behind_first"] == pytest.approx(2 * 0.75 / 3)
     assert (rows[0]["behind_first"], rows[0]["behind_first_interval"]) == (0, [0, 0])
+    # Nothing learned and nothing changed: a third of the mean comes for free.
+    assert [unedited[name] for name in ("reliability", "generality", "locality", "perplexity_ratio")] == [0, 0, 1, 1]
+    assert unedited["mean"] == pytest.approx(1 / 3)
+    assert unedited["behind_first"] == pytest.approx((1 + 1 - 0.25) / 3)
+    assert unedited["seconds_per_edit"] is None
     assert weak["perplexity_ratio"] == pytest.approx(1.1)
     assert (weak["seconds_per_edit"], weak["seconds_per_edit_interval"]) == (2.5, [2.0, 3.0])
 
@@ -123,9 +177,12 @@ def test_the_csv_and_the_text_say_what_the_json_says(board: Path) -> None:
     for line, of in zip(lines, rows, strict=True):
         assert line["method"] == of["method"]
         for name in PROMISED[4:]:
+            if of[name] is None:
+                assert [line[name], line[f"{name}_low"], line[f"{name}_high"]] == ["", "", ""]
+                continue
             assert float(line[name]) == of[name]
             assert [float(line[f"{name}_low"]), float(line[f"{name}_high"])] == of[f"{name}_interval"]
-        assert f"| {of['method']} | 2 | {of['reliability']:.3f} (" in text
+        assert f"| {of['method']} | {of['batch_size'] or ''} | {of['reliability']:.3f} (" in text
 
 
 def test_the_plots_are_there_in_both_forms(board: Path) -> None:
@@ -148,6 +205,9 @@ def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pyt
         job(folder, label, 1, steps=(1, 2, 4)[: edits // 2 + 1])
         told = yaml.safe_load((folder / CONFIG).read_text()) | {"edits": edits}
         (folder / CONFIG).write_text(yaml.safe_dump(told))
+        before = Folder(folder).phase("before")
+        assert before is not None
+        Folder(folder).keep(replace(before, rows=before.rows[:edits]))
     build(tmp_path / "board")
     small, large = (f"towns, {edits} edits, consecutive, tiny" for edits in (2, 4))
     assert [title for title, _ in drawn["retention"]] == 2 * ["reliability", "generality", "locality"]
@@ -217,7 +277,7 @@ def test_reading_a_window_again_makes_no_perplexity_surer(tmp_path: Path) -> Non
     """Single rounds read the same windows after every batch."""
     for batches in (1, 4):
         single(tmp_path / f"board/jobs/{batches}", batches)
-    one, other = (found.metrics["perplexity_ratio"] for found in build(tmp_path / "board"))
+    one, other, _ = (found.metrics["perplexity_ratio"] for found in build(tmp_path / "board"))
     assert one == pytest.approx(other)
     assert one[2] - one[1] > 0.1
 
@@ -332,6 +392,7 @@ def test_a_reader_can_sort_filter_and_look_at_each_edit(browse: Callable[[str], 
         told.sorted = all("#board th[aria-sort=ascending]").map((cell) => cell.textContent);
         sort("seconds_per_edit"); told.focus = document.activeElement.dataset.column;
         choose("job", "2");
+        told.menu = all("#job option").length;
         told.edits = all("#edits li").length;
         choose("show", "reliability");
         told.failures = all("#edits li").length;
@@ -349,8 +410,9 @@ def test_a_reader_can_sort_filter_and_look_at_each_edit(browse: Callable[[str], 
         return told;
     """)
     assert found["title"] == "Leaderboard: board"
-    assert found["start"] == found["best"] == ["Strong", "Strong (beta=3)", "Weak"]
+    assert found["start"] == found["best"] == ["Strong", "Strong (beta=3)", "Weak", "unedited"]
     assert found["worst"] == found["best"][::-1]
+    assert found["menu"] == 3  # the unedited model has no edits to look at
     assert found["sorted"] == ["reliability"]
     assert found["focus"] == "seconds_per_edit"
     assert (found["edits"], found["failures"], found["count"]) == (4, 3, "3 of 4 edits")

@@ -94,7 +94,7 @@ def test_the_readme_shows_the_committed_figures(name: str) -> None:
 def test_every_group_of_a_leaderboard_has_its_table_and_what_is_unknown_stays_empty() -> None:
     known = dict.fromkeys(("reliability", "generality", "locality", "mean", "perplexity_ratio"), (0.5, 0.4, 0.6))
     metrics = {name: known.get(name, UNKNOWN) for name in COLUMNS} | {"seconds_per_edit": (1.25, 1.0, 1.5)}
-    row = Row("A", "towns", 60, 10, "consecutive", "m", {}, metrics, "a")
+    row = Row("A", "towns", 0, 60, 10, "consecutive", "m", {}, metrics, "a")
     rows = [row, replace(row, method="B"), replace(row, edits=300)]
     table = TABLES["leaderboard"](json.loads(json.dumps([row.to_dict() for row in rows])))
     assert [line.split("|")[1].strip() for line in table.splitlines() if "edits" in line] == [

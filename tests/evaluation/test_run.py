@@ -17,11 +17,12 @@ import pytest
 import yaml
 import zoo
 from conftest import lessons
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
-from evaluation.journal import FAILED, read_lines
+from evaluation.journal import FAILED, LOCK, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
-from evaluation.run import CONF, job_folder, key, resolved
+from evaluation.run import CONF, IN_USE, emptied, job_folder, key, resolved, run_job
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds_per_edit", "forward_overhead", "peak_megabytes")
@@ -215,15 +216,53 @@ def test_every_analysis_can_be_composed(name: str) -> None:
     assert composed(f"experiment={name}")["run"] == name
 
 
-def test_what_cannot_be_run_is_told_in_one_sentence(tmp_path: Path) -> None:
-    arguments = [f"out={tmp_path}", "run=x", "dataset=zsre"]
+def test_everything_that_cannot_be_run_is_told_in_a_sentence_each(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("alg_name: [")
+    arguments = ["-m", f"out={tmp_path}", "run=x", "dataset=zsre,counterfact,facts", "method.hparams=broken.yaml"]
     done = subprocess.run(
         [sys.executable, "-m", "evaluation.run", *arguments],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+    lines = sorted(line for line in done.stderr.splitlines() if "did not finish" in line)
+    assert len(lines) == 3
+    assert all("ParserError: while parsing" in line for line in lines)  # read before the data set
+    assert all(f"dataset-{name}" in "".join(lines) for name in ("zsre", "counterfact", "facts"))
+    assert len(unfinished(tmp_path / "x")) == 3
+
+
+def test_a_data_set_without_a_file_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluation.run", f"out={tmp_path}", "run=x", "dataset=zsre"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "did not finish" in line]
-    assert "dataset.path is not set" in line
-    assert unfinished(tmp_path / "x")[0][0] == "coachhook-refused"
-    assert (tmp_path / "x/jobs/coachhook-refused" / FAILED).is_file()
+    assert ": dataset.path is not set" in line
+
+
+def test_what_another_process_is_writing_is_not_forgotten(tmp_path: Path) -> None:
+    """A worker outlives the command that began it; `again=true` would mix two runs in one folder."""
+    told = composed("edits=4", f"out={tmp_path}", "again=true")
+    folder = job_folder(told)
+    (folder / "phases").mkdir(parents=True)
+    (folder / "phases" / "before.jsonl").write_text("{}")
+    with FileLock(folder / LOCK):
+        run_job(told)
+    assert (folder / "phases" / "before.jsonl").is_file()
+    assert (folder / FAILED).read_text() == f"{IN_USE}\n"
+    assert emptied(folder)
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def test_a_text_that_statistics_are_made_from_counts_by_its_content(tmp_path: Path) -> None:
+    text, shared = tmp_path / "text.txt", tmp_path / "shared.yaml"
+    shared.write_text(f"alg_name: CoachHooK\nmom2_dataset: {text}\n")
+    keys = []
+    for content in ("one", "two", "one"):
+        text.write_text(content)
+        for given in (f"+method.overrides.mom2_dataset={text}", f"model.statistics={shared}"):
+            keys.append(key(composed("edits=4", given)))
+    assert keys[:2] == keys[4:]
+    assert len(set(keys)) == 4

@@ -55,6 +55,21 @@ def test_spread_takes_records_from_the_whole_file(file: Path) -> None:
     assert [record.subject for record in found.records] == ["Lake Quill", "Lake Oslar", "Lake Mirren"]
 
 
+def test_records_that_were_looked_at_before_can_be_left_out(file: Path) -> None:
+    found = load_dataset("zsre", 2, str(file), skip=3)
+    assert [record.subject for record in found.records] == ["Lake Vane", "Lake Mirren"]
+    assert [record.subject for record in found.spare] == [
+        "Lake Quill",
+        "Lake Brent",
+    ]  # Oslar and Tor share a neighbour
+    spread = load_dataset("zsre", 2, str(file), order="spread", skip=2)
+    assert [record.subject for record in spread.records] == ["Lake Oslar", "Lake Mirren"]
+    with pytest.raises(ValueError, match=r"has 2 records after the 4 that dataset\.skip leaves out; ask for fewer"):
+        load_dataset("zsre", 3, str(file), skip=4)
+    with pytest.raises(ValueError, match=r"dataset\.skip is -1"):
+        load_dataset("zsre", 3, str(file), skip=-1)
+
+
 def test_spread_asks_nothing_in_steps_that_were_left_out(tmp_path: Path) -> None:
     rewrites = [
         {"prompt": "{} lies in", "subject": name, "target_new": {"str": "Oslo"}, "target_true": {"str": "Rome"}}

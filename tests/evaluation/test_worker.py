@@ -13,7 +13,7 @@ from filelock import FileLock
 from evaluation.data import Probe, Record, load_facts
 from evaluation.journal import BUSY, LOCK
 from evaluation.sources import Dataset
-from evaluation.worker import left_alone, write
+from evaluation.worker import left_alone, with_earlier, write
 
 
 def record(number: int, neighbour: str | None) -> Record:
@@ -47,6 +47,14 @@ def test_two_processes_never_work_in_one_folder(tmp_path: Path) -> None:
         done = subprocess.run(command, input="{}", text=True, cwd=Path(__file__).parents[2], capture_output=True)
     assert done.returncode == BUSY, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_run_that_goes_on_with_other_programs_tells_all_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "about.json"
+    for torch, earlier in (("1", []), ("1", []), ("2", ["1"]), ("2", ["1"]), ("3", ["1", "2"])):
+        told = with_earlier({"torch": torch}, path)
+        assert told == {"torch": torch, **({"earlier": [{"torch": one} for one in earlier]} if earlier else {})}
+        write(path, told)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
