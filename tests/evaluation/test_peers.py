@@ -16,8 +16,25 @@ from torch import nn
 from evaluation.data import Record
 from evaluation.methods import Peer, settings
 from evaluation.methods.peers import TEMPLATES, _bytes, _place
+from evaluation.protocol import seed_everything
 
 Start = Callable[..., Peer]
+_VALUES: dict[str, Any] = {"v_loss_layer": 3, "v_num_grad_steps": 2, "lm_head_module": "lm_head"}
+_ONE_LAYER = {"layers": [1], **_VALUES}
+_PLACE = "model.layers.2.mlp.down_proj"
+# What the shipped files say otherwise for a model of thirty layers.
+TINY: dict[str, dict[str, Any]] = {
+    "memit": {"layers": [1, 2], **_VALUES},
+    "alphaedit": {"layers": [1, 2], **_VALUES},
+    "emmet": _ONE_LAYER,
+    "rome": _ONE_LAYER,
+    "r-rome": _ONE_LAYER,
+    "simie": {"inside": "ROME"},
+    "ft": {"layers": [2], "num_steps": 2},
+    "ultraedit": {"inner_params": [_PLACE], "lr": 0.01},
+    "grace": {"inner_params": [f"{_PLACE}.weight".replace(".2.", "[2].")], "n_iter": 2},
+    "wise": {"inner_params": [f"{_PLACE}.weight".replace(".2.", "[2].")], "n_iter": 2, "act_margin": [0.1, 0.4, 0.2]},
+}
 needs_checkout = pytest.mark.skipif(
     not os.environ.get("EASYEDIT_HOME"), reason="set EASYEDIT_HOME to a checkout of EasyEdit"
 )
@@ -33,17 +50,21 @@ def peer(tmp_path: Path, tokenizer: Any) -> Start:
     ours = zoo.hparams(tmp_path / "text.txt", layers=[1, 2], scope_budget=0.05)
 
     def start(name: str, **changes: Any) -> Peer:
-        config = settings(name, "smollm2-135m", {**changes, "model_name": str(tmp_path / "tiny-llama")})
+        place = {"model_name": str(tmp_path / "tiny-llama")}
+        inner = (
+            settings(inside, "smollm2-135m", TINY[inside.lower()]) if (inside := changes.pop("inside", None)) else None
+        )
+        config = settings(name, "smollm2-135m", {**changes, **place})
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "asked.yaml").write_text(yaml.safe_dump(config))
-        return Peer(config, ours, folder)
+        return Peer(config, ours, folder, inner)
 
     return start
 
 
 def memit(peer: Start) -> Peer:
-    return peer("memit", layers=[1, 2], v_loss_layer=3, v_num_grad_steps=2, lm_head_module="lm_head")
+    return peer("memit", **TINY["memit"])
 
 
 def record(number: int) -> Record:
@@ -85,6 +106,49 @@ def test_memory_counts_every_tensor_once_wherever_it_is_kept() -> None:
 
 
 @needs_checkout
+@pytest.mark.parametrize("name", TINY)
+def test_a_killed_run_of_any_method_goes_on_as_if_nothing_had_happened(peer: Start, name: str, tmp_path: Path) -> None:
+    """Else half of a leaderboard would depend on when a machine was switched off."""
+    prompts = [fact["prompt"] for fact in zoo.FACTS]
+
+    def started() -> Peer:
+        method = peer(name, **TINY[name])
+        method.loc_prompts = ["The old man went to Norway", "Books say so"]
+        seed_everything(0)
+        method.prepare()
+        return method
+
+    def written(method: Peer, number: int) -> None:
+        seed_everything(number)
+        method.edit([record(number)])
+
+    def said(method: Peer) -> torch.Tensor:
+        asking, rows = method.asking, []
+        for prompt in prompts:
+            ids = torch.tensor([method.tokenizer(prompt)["input_ids"]])
+            if asking.at is not None:
+                asking.at(ids.shape[1] - 1)
+            with torch.no_grad():
+                rows.append(method.model(input_ids=ids).logits[0, -1])
+        return torch.stack(rows)
+
+    method = started()
+    start, before = method.state(), said(method)
+    written(method, 0)
+    written(method, 1)
+    torch.save(method.state(), tmp_path / "state.pt")
+    written(method, 3)
+    whole = said(method)
+    assert not torch.equal(whole, before)
+    method.restore(start)
+    assert torch.equal(said(method), before)
+    again = started()
+    again.restore(torch.load(tmp_path / "state.pt", weights_only=False))
+    written(again, 3)
+    assert torch.equal(said(again), whole)
+
+
+@needs_checkout
 def test_the_keys_that_grace_keeps_are_counted(peer: Start) -> None:
     method = peer("grace", inner_params=["model.layers[2].mlp.down_proj.weight"], n_iter=2)
     method.edit([record(0)])
@@ -96,7 +160,7 @@ def test_the_keys_that_grace_keeps_are_counted(peer: Start) -> None:
 
 @needs_checkout
 def test_a_projection_that_a_killed_process_left_half_written_is_made_again(peer: Start, tmp_path: Path) -> None:
-    layers = {"layers": [1, 2], "v_loss_layer": 3, "v_num_grad_steps": 2, "lm_head_module": "lm_head"}
+    layers = TINY["alphaedit"]
     (tmp_path / "alphaedit").mkdir()
     half = tmp_path / "alphaedit" / "null_space_project.pt"
     half.write_bytes(b"PK\\x03\\x04half")
@@ -108,3 +172,16 @@ def test_a_projection_that_a_killed_process_left_half_written_is_made_again(peer
     peer("alphaedit", **layers)
     assert half.exists()
     assert method.hparams.P_loc == str(half)
+
+
+@needs_checkout
+def test_no_batch_of_alphaedit_is_slower_because_it_made_the_projection(peer: Start, tmp_path: Path) -> None:
+    method = peer("alphaedit", **TINY["alphaedit"])
+    method.prepare()
+    made = torch.load(tmp_path / "alphaedit" / "null_space_project.pt")
+    assert made.shape == (2, 48, 48)
+    assert torch.allclose(made @ made, made, atol=1e-5)  # projections
+    assert 0 < int(made[0].trace().round()) < 48
+    time = (tmp_path / "alphaedit" / "null_space_project.pt").stat().st_mtime_ns
+    method.edit([record(0)])
+    assert (tmp_path / "alphaedit" / "null_space_project.pt").stat().st_mtime_ns == time
