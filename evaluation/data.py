@@ -213,7 +213,8 @@ def read_raw(path: FilePath) -> list[Any]:
             lines = str(path).endswith(".jsonl")
             raw = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
         except ValueError as error:  # bad JSON and bad UTF-8 alike
-            raise ValueError(f"{path}: not a JSON file ({error}); expected one JSON list of records") from error
+            expected = "a JSON object in each line" if lines else "one JSON list of records (or name it .jsonl)"
+            raise ValueError(f"{path}: not a JSON file ({error}); expected {expected}") from error
     if not isinstance(raw, list) or not raw:
         found = "an empty list" if isinstance(raw, list) else f"one {type(raw).__name__}"
         raise ValueError(f"{path}: holds {found}; expected one JSON list of records")

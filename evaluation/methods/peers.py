@@ -173,7 +173,7 @@ class Peer:
         if self.algorithm == "ULTRAEDIT":  # it writes as many as this says, whatever it is given
             set_batch_size(self.hparams, len(requests))
         with self._quiet():
-            edited, _ = self.editor.apply_algo(
+            given = self.editor.apply_algo(
                 self.model,
                 self.tokenizer,
                 requests,
@@ -182,6 +182,9 @@ class Peer:
                 return_orig_weights=True,
                 keep_original_weight=False,
             )
+        edited = given[0] if isinstance(given, tuple) else None
+        if not isinstance(edited, nn.Module):
+            raise ValueError(f"{self.name} gives back no edited model, so nothing of it can be scored here")
         if not self.traits.adapter:  # those return a shell around the model, and expect the model back
             self.model = edited
         self.model.eval()

@@ -96,6 +96,15 @@ def test_going_back_is_refused_where_a_method_has_changed_the_model_itself(peer:
         method.restore(state)
 
 
+def test_a_method_that_edits_no_model_is_refused_by_name(peer: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """IKE gives back examples to put before a prompt; scoring the model would say nothing about it."""
+    method = memit(peer)
+    for given in (["an example"], (["an example"], {})):
+        monkeypatch.setattr(method.editor, "apply_algo", lambda *_, given=given, **__: given)
+        with pytest.raises(ValueError, match="MEMIT gives back no edited model"):
+            method.edit([record(0)])
+
+
 def test_memory_counts_every_tensor_once_wherever_it_is_kept() -> None:
     layer = nn.Linear(3, 5, bias=False)  # 60 bytes
     keys = torch.zeros(7, 3)  # 84 bytes, no parameter

@@ -256,6 +256,15 @@ def test_what_another_process_is_writing_is_not_forgotten(tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
+def test_the_method_inside_another_one_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    shipped = composed("method=simie")
+    assert shipped["base_hparams"]["v_lr"] == 0.5
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**shipped["base_hparams"], "v_lr": 0.25}))
+    mine = composed("method=simie", f"method.base_hparams={tmp_path / 'mine.yaml'}")
+    assert mine["base_hparams"]["v_lr"] == 0.25
+    assert key(mine) != key(shipped)
+
+
 def test_a_text_that_statistics_are_made_from_counts_by_its_content(tmp_path: Path) -> None:
     text, shared = tmp_path / "text.txt", tmp_path / "shared.yaml"
     shared.write_text(f"alg_name: CoachHooK\nmom2_dataset: {text}\n")
