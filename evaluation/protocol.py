@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +89,7 @@ class Plan:
     reset: bool = False
     evaluate_at: tuple[int, ...] = ()  # score all edits so far after the batch that reaches each of these numbers
     rivals: bool = False  # also read the answers that success scores compare with
+    # At the beginning and the end of a run, and of every single round; what is scored on the way has no use for them:
     new_tokens: int = 0  # of free generation for every edited prompt, more where the answer is longer; 0: none
     forward_repeats: int = 0  # forward passes that are timed; 0: none
     held_window: int = 512
@@ -192,7 +193,8 @@ def run(method: EditingMethod, records: Sequence[Record], plan: Plan, journal: J
             if plan.reset:
                 journal.keep(measure(method, answerable(batch), plan, batch_phase(number), len(batch)))
             elif is_step(reached, len(records), plan) and journal.phase(after_phase(reached)) is None:
-                journal.keep(measure(method, records[:reached], plan, after_phase(reached), reached))
+                asked = plan if reached == len(records) else replace(plan, new_tokens=0, forward_repeats=0)
+                journal.keep(measure(method, records[:reached], asked, after_phase(reached), reached))
 
 
 def _resumed(method: EditingMethod, journal: Journal, plan: Plan) -> int:

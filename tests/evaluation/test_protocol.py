@@ -128,6 +128,10 @@ def test_steps_score_all_edits_so_far_and_later_edits_are_seen(
     assert first is not None
     assert last is not None
     assert first.rows[0]["prompt"][0][2] != last.rows[0]["prompt"][0][2]
+    # Half of an evaluation's time: the model speaks freely where somebody reads it, before and after all edits.
+    assert {name: "generated" in phase.rows[0] for name, phase in found.items() if phase} == {
+        "before": True, after_phase(2): False, after_phase(4): False, after_phase(5): True
+    }  # fmt: skip
 
 
 def test_single_rounds_start_from_the_unedited_model(tmp_path: Path, method: Callable[..., Drifting]) -> None:
