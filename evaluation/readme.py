@@ -7,7 +7,7 @@ between two markers, for instance `<!-- demo-table -->` and `<!-- /demo-table --
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,35 @@ def scope(figures: dict[str, Any]) -> str:
 
 
 def leaderboard(told: list[dict[str, Any]]) -> str:
-    """A table for each group of rows; intervals where methods are told apart by them."""
-    spread = ("mean", "behind_first")
-    columns = (*THREE, *spread, "starts_with_answer", "free_generation", "perplexity_ratio", "seconds_per_edit")
-    groups: dict[str, list[list[str]]] = {}
-    for row in map(Row.from_dict, told):
-        cells = [row.method, *(cell(row, name, interval=name in spread) for name in columns)]
-        groups.setdefault(row.title, []).append(cells)
-    head = [name.replace("_", " ") for name in columns]
-    return "\n\n".join(markdown_table([title, *head], lines) for title, lines in groups.items()) + "\n"
+    """A line for each method, a column for each group of rows: the mean, and the three that it is of."""
+    rows = [Row.from_dict(row) for row in told]
+    titles = {row.group: f"{row.dataset}, {row.edits} edits" for row in rows}
+    if len(set(titles.values())) < len(titles):
+        titles = {row.group: row.title for row in rows}
+    lines: dict[str, dict[Any, Row]] = {}
+    for row in rows:
+        lines.setdefault(row.method, {})[row.group] = row
+    groups = sorted(titles, key=lambda group: (group[-1], group))
+    of_means = {name: [of[group].metrics["mean"][0] for group in groups if group in of] for name, of in lines.items()}
+    ordered = sorted(lines, key=lambda name: -sum(of_means[name]) / len(of_means[name]))
+    cells = [
+        [name, *(_mean_of_three(lines[name].get(group)) for group in groups), _seconds(lines[name].values())]
+        for name in ordered
+    ]
+    return markdown_table(["method", *(titles[group] for group in groups), "seconds per edit"], cells) + "\n"
+
+
+def _mean_of_three(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{cell(row, 'mean', interval=False)} ({', '.join(f'{row.metrics[name][0]:.2f}' for name in THREE)})"
+
+
+def _seconds(rows: Iterable[Row]) -> str:
+    """The least and the greatest of a method's groups."""
+    known = [of for row in rows if (of := row.metrics["seconds_per_edit"][0]) == of]
+    told = list(dict.fromkeys(f"{of:.1f}" for of in (min(known), max(known)))) if known else []
+    return " to ".join(told)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

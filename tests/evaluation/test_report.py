@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,19 +92,33 @@ def test_the_readme_shows_the_committed_figures(name: str) -> None:
     assert filled(readme, name, TABLES[name](told)) == readme
 
 
-def test_every_group_of_a_leaderboard_has_its_table_and_what_is_unknown_stays_empty() -> None:
-    known = dict.fromkeys(("reliability", "generality", "locality", "mean", "perplexity_ratio"), (0.5, 0.4, 0.6))
-    metrics = {name: known.get(name, UNKNOWN) for name in COLUMNS} | {"seconds_per_edit": (1.25, 1.0, 1.5)}
-    row = Row("A", "towns", 0, 60, 10, "consecutive", "m", {}, metrics, "a")
-    rows = [row, replace(row, method="B"), replace(row, edits=300)]
-    table = TABLES["leaderboard"](json.loads(json.dumps([row.to_dict() for row in rows])))
-    assert [line.split("|")[1].strip() for line in table.splitlines() if "edits" in line] == [
-        "towns, 60 edits, consecutive, m",
-        "towns, 300 edits, consecutive, m",
+def test_a_leaderboard_has_a_line_for_each_method_and_what_is_unknown_stays_empty() -> None:
+    def row(method: str, edits: int, mean: float, seconds: float) -> Row:
+        known = {"reliability": 0.75, "generality": 0.5, "locality": 1.0, "mean": mean, "seconds_per_edit": seconds}
+        metrics = dict.fromkeys(COLUMNS, UNKNOWN) | {name: (of, of, of) for name, of in known.items()}
+        return Row(method, "towns", 0, edits, 10, "consecutive", "m", {}, metrics, "a")
+
+    rows = [
+        row("A", 60, 0.7, 1.26),
+        row("B", 60, 0.8, 2.0),
+        row("unedited", 60, 0.3, math.nan),
+        row("A", 300, 0.6, 1.1),
     ]
-    line = next(line for line in table.splitlines() if line.startswith("| B "))
-    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
-        "B", "0.500", "0.500", "0.500", "0.500 (0.400..0.600)", "", "", "", "0.500", "1.2",
+
+    def table(rows: list[Row]) -> list[list[str]]:
+        text = TABLES["leaderboard"](json.loads(json.dumps([row.to_dict() for row in rows])))
+        lines = [line for line in text.splitlines() if "---" not in line]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    assert table(rows) == [
+        ["method", "towns, 60 edits", "towns, 300 edits", "seconds per edit"],
+        ["B", "0.800 (0.75, 0.50, 1.00)", "", "2.0"],
+        ["A", "0.700 (0.75, 0.50, 1.00)", "0.600 (0.75, 0.50, 1.00)", "1.1 to 1.3"],
+        ["unedited", "0.300 (0.75, 0.50, 1.00)", "", ""],
+    ]
+    # Two groups of one size are told apart in full.
+    assert table([rows[0], replace(rows[0], skip=5)])[0][1:3] == [
+        "towns, 60 edits, consecutive, m", "towns from record 6, 60 edits, consecutive, m"
     ]  # fmt: skip
 
 
