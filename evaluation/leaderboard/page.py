@@ -90,7 +90,7 @@ def _row(row: Row) -> dict[str, Any]:
     told = row.to_dict()
     figures = {name: [told[name], *told[f"{name}_interval"]] for name in COLUMNS if told[name] is not None}
     kept = ("method", "dataset", "skip", "edits", "batch_size", "protocol", "model")
-    return {**{name: told[name] for name in kept}, "figures": {name: _short(v) for name, v in figures.items()}}
+    return {**{name: told[name] for name in kept}, "group": row.title, "figures": {name: _short(v) for name, v in figures.items()}}
 
 
 def _record(record: Record) -> dict[str, Any]:

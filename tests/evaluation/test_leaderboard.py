@@ -423,3 +423,26 @@ def test_a_reader_can_sort_filter_and_look_at_each_edit(browse: Callable[[str], 
     assert found["images"] is True
     assert found["labels"] is True
     assert found["scripts"] == 3  # the page's two and the one that asks
+
+
+def test_a_reader_can_look_at_one_comparison_alone(board: Path, browse: Callable[[str], dict[str, Any]]) -> None:
+    """Methods on other records, or after other numbers of edits, are no rivals."""
+    job(board / "jobs/e", "Elsewhere", 1)
+    change(board / "jobs/e", dataset={"skip": 4})
+    build(board)
+    found = browse("""
+        const told = {};
+        const group = document.getElementById("group");
+        for (const { value, textContent } of [...group.options]) {
+          group.value = value;
+          group.dispatchEvent(new Event("change"));
+          told[textContent] = [...document.querySelectorAll("#board tbody th")].map((cell) => cell.textContent);
+        }
+        return told;
+    """)
+    here = ["Strong", "Strong (beta=3)", "Weak", "unedited"]
+    assert {title: sorted(methods) for title, methods in found.items()} == {
+        "all": sorted([*here, "Elsewhere", "unedited"]),
+        "towns, 4 edits, consecutive, tiny": here,
+        "towns from record 5, 4 edits, consecutive, tiny": ["Elsewhere", "unedited"],
+    }
