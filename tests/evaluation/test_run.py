@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 
 from evaluation.journal import FAILED, LOCK, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
+from evaluation.leaderboard.rows import UNEDITED
 from evaluation.run import CONF, IN_USE, emptied, job_folder, key, resolved, run_job
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +92,11 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def board(place: Path, run: str) -> list[dict[str, Any]]:
+    """The rows of methods; one more tells what they began with."""
     found: list[dict[str, Any]] = json.loads((place / "results" / run / "leaderboard.json").read_text())
-    return found
+    methods = [row for row in found if row["method"] != UNEDITED]
+    assert 0 < len(found) - len(methods) <= len({row["protocol"] for row in methods})
+    return methods
 
 
 STEPS = ("edits=8", "batch_size=1", "protocol.every=1")
