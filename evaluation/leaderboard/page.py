@@ -88,9 +88,10 @@ def _data(rows: Sequence[Row], jobs: Sequence[Job]) -> dict[str, Any]:
 
 def _row(row: Row) -> dict[str, Any]:
     told = row.to_dict()
-    figures = {name: [told[name], *told[f"{name}_interval"]] for name in COLUMNS if told[name] is not None}
+    known = [name for name in COLUMNS if told[name] is not None]
+    figures = {name: _short([told[name], *told[f"{name}_interval"]]) for name in known}
     kept = ("method", "dataset", "skip", "edits", "batch_size", "protocol", "model")
-    return {**{name: told[name] for name in kept}, "group": row.title, "figures": {name: _short(v) for name, v in figures.items()}}
+    return {**{name: told[name] for name in kept}, "group": row.title, "figures": figures}
 
 
 def _record(record: Record) -> dict[str, Any]:
