@@ -47,9 +47,7 @@ def main(config: DictConfig) -> None:
         known = isinstance(error, ValueError | OSError)  # says by itself what is wrong
         asked = HydraConfig.get().job.override_dirname
         name = "-".join(filter(None, (slug(asked)[:80], _digest(asked), "refused")))
-        folder = Path(config.out) / config.run / "jobs" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED).write_text(f"{'' if known else f'{type(error).__name__}: '}{error}\n", encoding="utf-8")
+        _fail(Path(config.out) / config.run / "jobs" / name, f"{'' if known else f'{type(error).__name__}: '}{error}")
     else:
         run_job(told)
 
@@ -162,6 +160,7 @@ def emptied(folder: Path) -> bool:
 
 
 def _fail(folder: Path, why: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).write_text(f"{why}\n", encoding="utf-8")
 
 

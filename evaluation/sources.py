@@ -37,11 +37,11 @@ def load_dataset(
     """The first `edits` records, or `edits` of them evenly spread over the file (`order: spread`).
 
     Args:
-        skip: how many records to leave out before the first.
         path: a local file, or a data set's name on the hub; the shipped facts where not given and the name is "facts".
         file: which file of that data set; its rows are read through `datasets` where not given.
         split: which part of that data set.
         shape: as in `data.SHAPES`; recognised where not given.
+        skip: how many records to leave out before the first.
 
     Raises:
         ValueError: there are fewer records, or none of that kind.
