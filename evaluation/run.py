@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from .journal import BUSY, CONFIG, DONE, FAILED, LOCK
-from .methods.settings import settings
+from .methods.settings import inner_settings, settings
 from .sources import load_dataset
 
 CONF = Path(__file__).parent / "conf"
@@ -69,8 +69,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     told["dataset"] = {**told["dataset"], "checksum": data.checksum, "skipped": data.skipped}
     if told["held_text"]:
         told["held_checksum"] = hashlib.sha256(Path(told["held_text"]).read_bytes()).hexdigest()
-    base = told["hparams"].get("base_method")
-    told["base_hparams"] = base and settings(base, model["name"], path=method.pop("base_hparams", None))
+    told["base_hparams"] = inner_settings(told["hparams"], model["name"], method.pop("base_hparams", None))
     texts = texts_of(told)
     if texts:
         told["texts"] = texts

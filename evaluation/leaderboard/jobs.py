@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ class Job:
     """One method on one data set under one protocol."""
 
     folder: Path
+    # What `rows.record_scores` found, by step.
+    scored: dict[int | None, list[dict[str, float]]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -155,6 +155,12 @@ def _records(job: Job) -> tuple[str, list[str]]:
 
 def record_scores(job: Job, step: int | None = None) -> list[dict[str, float]]:
     """Every score of every record, after the last edit or after `step` edits; 0: before the first."""
+    if step not in job.scored:
+        job.scored[step] = _record_scores(job, step)
+    return job.scored[step]
+
+
+def _record_scores(job: Job, step: int | None) -> list[dict[str, float]]:
     if job.toolkit is not None:
         return [_toolkit_scores(metric["post"]) for metric in job.toolkit]
     after = job.before if step == 0 else job.after if step is None else job.steps[step]

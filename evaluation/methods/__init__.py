@@ -19,7 +19,7 @@ from coachhook_plugin.hparams import CoachHooKHparams
 from ..protocol import EditingMethod
 from .coachhook import CoachHooK
 from .peers import Peer
-from .settings import COACHHOOK, settings
+from .settings import COACHHOOK, inner_settings, settings
 from .statistics import toolkit_statistics
 
 __all__ = ["CoachHooK", "Peer", "build", "settings", "toolkit_statistics"]
@@ -49,6 +49,5 @@ def build(
     config = dict(given) if given is not None else settings(name, model)
     if config["alg_name"] == COACHHOOK:
         return CoachHooK(CoachHooKHparams.from_dict(config))
-    if base is None and config.get("base_method"):
-        base = settings(config["base_method"], model)
-    return Peer(config, CoachHooKHparams.from_hparams(statistics or model), folder, base)
+    inside = base or inner_settings(config, model)
+    return Peer(config, CoachHooKHparams.from_hparams(statistics or model), folder, inside)

@@ -59,3 +59,9 @@ def settings(
         if unknown:
             raise ValueError(f"{found}: has no {', '.join(unknown)} to change; it has {', '.join(config)}")
     return {**config, **(changes or {})}
+
+
+def inner_settings(config: Mapping[str, Any], model: str, path: str | Path | None = None) -> dict[str, Any] | None:
+    """The hyperparameters of the method inside another one (SimIE's `base_method`); None where there is none."""
+    base = config.get("base_method")
+    return settings(base, model, path=path) if base else None
