@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     figure, axes = _figure(len(groups), len(THREE))
     for line, group in zip(axes, groups, strict=True):
         for axis, name in zip(line, THREE, strict=True):
-            for row, job in series:
-                if row.title == group:
-                    steps = sorted(job.steps)
-                    means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
-                    axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method])
+            of_group = [(row, job) for row, job in series if row.title == group]
+            for rank, (row, job) in enumerate(of_group):
+                steps = sorted(job.steps)
+                means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
+                axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method], zorder=_on_top(rank))
             axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
             axis.set_title(name, loc="left", fontsize=10)
         line[0].set_ylabel(group.replace(", ", "\n"))
-        _legend(line)
+        _legend(line, line[-1])
     _save(figure, path)
     return True
 
@@ -44,23 +45,32 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     """Reliability and generality together against locality, with intervals."""
     groups = list(dict.fromkeys(row.title for row in rows))
     styles = _styles(rows)
-    figure, axes = _figure(1, len(groups), 4.6, 4.0)
-    for axis, group in zip(axes[0], groups, strict=True):
-        for row, job in ((row, job) for row, job in zip(rows, jobs, strict=True) if row.title == group):
+    columns = min(len(groups), 2)
+    figure, axes = _figure(math.ceil(len(groups) / columns), columns, 4.6, 4.0)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    for axis, group in zip(axes.flat, groups, strict=False):
+        of_group = [(row, job) for row, job in zip(rows, jobs, strict=True) if row.title == group]
+        for rank, (row, job) in enumerate(of_group):
             learned = [[one["reliability"], one["generality"]] for one in record_scores(job)]
             across, up = row.metrics["locality"], interval_of_mean_score(learned, job.config["seed"])
             axis.errorbar(
                 across[0], up[0],
                 xerr=[[max(0, across[0] - across[1])], [max(0, across[2] - across[0])]],
                 yerr=[[max(0, up[0] - up[1])], [max(0, up[2] - up[0])]],
-                label=row.method, capsize=2, **{**styles[row.method], "linestyle": "none"},
+                label=row.method, capsize=2, **{**styles[row.method], "linestyle": "none"}, zorder=_on_top(rank),
             )  # fmt: skip
         axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="locality")
         axis.set_ylabel("mean of reliability and generality")
-        axis.set_title(group, loc="left", fontsize=10)
-    _legend(axes[0])
+        axis.set_title(group.replace(", ", "\n", 1), loc="left", fontsize=10)
+    _legend(axes.flat[: len(groups)], axes[0, -1])
     _save(figure, path)
     return True
+
+
+def _on_top(rank: int) -> float:
+    """Methods that do alike lie on each other: the better ones are to be seen."""
+    return 3 - rank / 100
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -71,10 +81,10 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _legend(axes: Any) -> None:
-    """Every method of these panels, beside the last one."""
+def _legend(axes: Any, beside: Any) -> None:
+    """Every method of these panels, beside one of them."""
     named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[-1].legend(
+    beside.legend(
         named.values(), named.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5)
     )
 
