@@ -67,7 +67,8 @@ class EditSession:
     Args:
         model: a Hugging Face causal language model. Its weights stay as they are (unless `use_hooks` is off).
         tokenizer: its tokenizer; either padding side.
-        hparams: see `CoachHooKHparams`. With `session_dir` every batch is in that folder when `edit` returns.
+        hparams: see `CoachHooKHparams`; the session takes a copy. With `session_dir` every batch is in that folder
+            when `edit` returns.
         progress: show progress bars.
 
     Raises:
@@ -78,6 +79,7 @@ class EditSession:
     def __init__(self, model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, progress: bool = True) -> None:
         if EditSession.of(model) is not None:
             raise ValueError("this model has an edit session already; use EditSession.of(model), or detach that one")
+        hparams = replace(hparams)  # lists too: its owner may change them later
         self.model, self.tokenizer, self.hparams = model, tokenizer, hparams
         self.progress = progress
         self._parts = model_parts(model, hparams)

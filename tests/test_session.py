@@ -7,6 +7,8 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1047,6 +1049,23 @@ def test_detaching_leaves_the_model_as_it_was_found(
     assert len(session) == 0
     session.detach()  # twice is once
     assert photograph(model) == before
+
+
+def test_hyperparameters_changed_after_the_fact_spoil_neither_the_session_nor_its_folder(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    plain = start()
+    given = replace(plain.hparams)
+    session = EditSession(tiny(), plain.tokenizer, given, progress=False)
+    session.edit(facts[:2])
+    given.layers[0] = 0  # the list itself, too
+    given.layers, given.use_hooks, given.v_lr = [1, 2, 3], False, 0.1
+    session.edit(facts[2:])
+    session.save(tmp_path)
+    again = load_edits(tiny(), tmp_path, plain.tokenizer, progress=False)
+    for batch in (facts[:2], facts[2:]):
+        plain.edit(batch)
+    assert photograph_session(again)["layers"] == photograph_session(plain)["layers"]
 
 
 def test_a_model_has_one_session_and_is_asked_for_it(start: Start, facts: Facts) -> None:
