@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..ledger import Ledger
 from ..session import EditResult, EditSession
 from ..tokens import Request, parse_requests
 
@@ -52,6 +53,24 @@ def read_facts(path: Path) -> list[Fact]:
     if not facts:
         raise FactsError(f"{path}: holds no facts; write one JSON object on each line")
     return facts
+
+
+def outstanding(facts: Sequence[Fact], ledger: Ledger) -> list[Fact]:
+    """The facts that are still to be written, in the file's order.
+
+    Of several targets for one prompt the last is what the file wants; those up to the one in force are behind us.
+    """
+    in_force = {(edit.prompt, edit.subject): edit.target_new for edit in ledger if edit.in_force}
+    reached: set[tuple[str, str]] = set()
+    left = []
+    for fact in reversed(facts):
+        request = fact.request
+        told = request.prompt, request.subject
+        if in_force.get(told) == request.target_new:
+            reached.add(told)
+        if told not in reached:
+            left.append(fact)
+    return left[::-1]
 
 
 def check_facts(path: Path, facts: Sequence[Fact], session: EditSession) -> None:

@@ -25,7 +25,7 @@ from ..session import EditSession
 from ..shipped import shipped_hparams
 from ..store import Contents, FolderError, holds_edits, hparams_of, read
 from ..store.manifest import Manifest
-from .facts import ByLine, FactsError, batches, check_facts, edit_facts, read_facts
+from .facts import ByLine, FactsError, batches, check_facts, edit_facts, outstanding, read_facts
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 Answer = dict[str, Any]
@@ -90,8 +90,7 @@ def _edit(options: argparse.Namespace) -> Answer:
     started = time.monotonic()
     facts = read_facts(options.facts)
     with _session_to_edit(options) as session:
-        known = {(edit.prompt, edit.subject, edit.target_new) for edit in session.ledger if edit.in_force}
-        new = [fact for fact in facts if tuple(vars(fact.request).values()) not in known]
+        new = outstanding(facts, session.ledger)
         check_facts(options.facts, new, session)
         size = options.batch_size or session.hparams.batch_size
         written: list[str] = []

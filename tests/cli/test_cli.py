@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import coachhook_plugin.target
 from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.cli import main
-from coachhook_plugin.cli.facts import Fact, batches
+from coachhook_plugin.cli.facts import Fact, batches, outstanding
 from coachhook_plugin.cli.main import _loaded
+from coachhook_plugin.ledger import lines_of_batch
 from coachhook_plugin.tokens import Request
 
 
@@ -386,3 +387,25 @@ def test_a_change_of_mind_never_shares_a_batch() -> None:
     facts = [Fact(i, Request("Ada is", "Ada", target)) for i, target in enumerate(["a", "a", "b", "b", "c"], 1)]
     assert [[fact.line for fact in batch] for batch in batches(facts, 3)] == [[1, 2], [3, 4], [5]]
     assert [[fact.line for fact in batch] for batch in batches(facts[:2], 1)] == [[1], [2]]
+
+
+def test_a_change_of_mind_in_the_file_is_not_reversed_by_going_on(work: Path, run: Any) -> None:
+    changed = [{**zoo.FACTS[0], "target_new": target} for target in ("English", "Rome", "Berlin")]
+    write(work, [changed[0], zoo.FACTS[1], changed[1]])
+    assert run(*edit(work))[1]["superseded"] == ["1-1"]
+    for _ in range(2):
+        code, answer = run(*edit(work, "--resume"))
+        assert (code, answer["written"], answer["skipped"], answer["step"]) == (0, [], 3, 2)
+    write(work, [*changed, zoo.FACTS[1]])
+    code, answer = run(*edit(work, "--resume"))
+    assert (code, answer["written"], answer["superseded"]) == (0, ["3-1"], ["2-1"])
+    assert run("show", str(work / "edits"), "3-1")[1]["edits"][0]["target_new"] == "Berlin"
+
+
+@pytest.mark.parametrize(
+    ("in_force", "expected"), [("", [1, 2, 3, 4]), ("a", []), ("b", [3, 4]), ("d", [1, 2, 3, 4])], ids=str
+)
+def test_of_several_targets_those_after_the_one_in_force_are_outstanding(in_force: str, expected: list[int]) -> None:
+    facts = [Fact(i, Request("Ada is", "Ada", target)) for i, target in enumerate(["a", "b", "c", "a"], 1)]
+    lines = lines_of_batch((), 1, "", [Request("Ada is", "Ada", in_force)], [0.0], None, [True])
+    assert [fact.line for fact in outstanding(facts, lines if in_force else ())] == expected
