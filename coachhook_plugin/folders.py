@@ -103,9 +103,10 @@ def record_of(session: EditSession) -> Record:
 
 
 def name_of(model: nn.Module) -> str:
-    """What the user called the model."""
-    given = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return public_name(given) if given else type(model).__name__
+    """What the model is called, wherever this machine has it."""
+    given = public_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    path = Path(given).expanduser()
+    return path.absolute().name if path.is_absolute() or path.is_dir() else given
 
 
 def _session_of(contents: Contents, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:

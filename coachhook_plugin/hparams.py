@@ -11,6 +11,7 @@ import functools
 import logging
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -213,17 +214,20 @@ PLACES = frozenset({"stats_dir", "session_dir", "save_path", "load_path"})  # a 
 SECRETS = frozenset({"api_key"})
 
 
+def shared(hparams: Mapping[str, Any], without: frozenset[str] = PLACES | SECRETS) -> dict[str, Any]:
+    """Hyperparameters as they mean the same elsewhere: neither places of this machine nor secrets."""
+    told = {name: value for name, value in hparams.items() if name not in without}
+    return told | {"mom2_dataset": Path(hparams["mom2_dataset"]).name}  # what was read of it is in the memory
+
+
 def differing(in_force: CoachHooKHparams, given: CoachHooKHparams, free: frozenset[str] = FREE) -> list[str]:
     """What keeps edits from going on under other hyperparameters than those they were made with.
 
     Args:
         free: what may differ; for edits that come from a folder `FREE | PLACES`.
     """
-    return [
-        f"{f.name}: {getattr(in_force, f.name)!r} in force, {getattr(given, f.name)!r} given"
-        for f in dataclasses.fields(given)
-        if f.name not in free and getattr(in_force, f.name) != getattr(given, f.name)
-    ]
+    one, other = shared(in_force.to_dict(), free), shared(given.to_dict(), free)
+    return [f"{name}: {one[name]!r} in force, {other[name]!r} given" for name in one if one[name] != other[name]]
 
 
 def _find(name_or_path: str) -> Path:

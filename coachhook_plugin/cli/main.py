@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..cache import cache_dir, write_whole
 from ..folders import load_edits
 from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
@@ -77,10 +78,14 @@ def _failed(options: argparse.Namespace, code: int, why: str) -> int:
 
 
 def _broken_off(error: Exception) -> str:
-    what = str(error).partition("\n")[0] or type(error).__name__
+    what = _line_of(error)
     short = isinstance(error, MemoryError) or "memory" in what
     remedy = "; with a smaller --batch-size, or a smaller target_tokens in the hyperparameters, less is needed"
     return f"broken off, whole batches are kept ({what}){remedy if short else ''}"
+
+
+def _line_of(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -99,6 +104,7 @@ def _edit(options: argparse.Namespace) -> Answer:
                 written += edit_facts(options.facts, batch, session).ids
                 bar.update(len(batch))
         session.save(options.out)  # the steps become part of the files
+        _remember(options.model, Manifest.read(options.out))
         edits = {edit.id: edit for edit in session.ledger}
         return {
             "folder": str(options.out),
@@ -228,8 +234,7 @@ def _tell_state(answer: Answer) -> str:
 
 
 def _generate(options: argparse.Namespace) -> Answer:
-    manifest = Manifest.read(options.folder)
-    model, tokenizer = _loaded(options.model or manifest.base_model, manifest.dtype, options.device)
+    model, tokenizer = _base_model(options)
     session = load_edits(model, options.folder, tokenizer)
 
     def said() -> str:
@@ -263,9 +268,35 @@ def _loaded(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     try:
         model = model.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # an assertion where PyTorch comes without CUDA
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"device: {device} cannot be used ({why}); name another with --device") from None
+        raise ValueError(f"device: {device} cannot be used ({_line_of(error)}); name another with --device") from None
     return model, AutoTokenizer.from_pretrained(name)
+
+
+def _base_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that the edits of a folder were made on, and its tokenizer."""
+    manifest = Manifest.read(options.folder)
+    if options.model:
+        return _loaded(options.model, manifest.dtype, options.device)
+    remembered = _place_of(manifest)
+    name = remembered.read_text(encoding="utf-8") if remembered.is_file() else manifest.base_model
+    try:
+        return _loaded(name, manifest.dtype, options.device)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: no base model of these edits is to be had by that name ({_line_of(error)}); name it with --model"
+        ) from None
+
+
+def _remember(model: str, manifest: Manifest) -> None:
+    """Where this machine has the model of edits; their folder tells nothing but its name."""
+    if Path(model).is_dir():
+        place = str(Path(model).absolute()).encode()
+        with suppress(OSError):  # then `--model` has to be given
+            write_whole(_place_of(manifest), lambda stream: stream.write(place))
+
+
+def _place_of(manifest: Manifest) -> Path:
+    return cache_dir() / "places" / manifest.fingerprint
 
 
 @contextmanager
@@ -321,8 +352,7 @@ def _is_shipped(model: str) -> bool:
 
 @contextmanager
 def _resumed(options: argparse.Namespace) -> Iterator[EditSession]:
-    manifest = Manifest.read(options.folder)
-    model, tokenizer = _loaded(options.model or manifest.base_model, manifest.dtype, options.device)
+    model, tokenizer = _base_model(options)
     session = EditSession.resume(options.folder, model, tokenizer, progress=not options.quiet)
     try:
         yield session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..cache import TEMPORARY
-from ..hparams import PLACES, SECRETS, CoachHooKHparams
+from ..hparams import PLACES, CoachHooKHparams, shared
 from ..ledger import Edit, Ledger
 from ..memory import KeyMemory
 from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
@@ -146,11 +146,6 @@ def check_free(folder: Path) -> None:
             f"{min(others)}: in the way of edits, which keep a file of that name, and without {manifests.NAME} it is "
             "not known to be theirs; move it elsewhere, or name another folder"
         )
-
-
-def shared(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder tells of hyperparameters: neither places of this machine nor secrets."""
-    return {name: value for name, value in hparams.items() if name not in PLACES | SECRETS}
 
 
 def read(folder: Path) -> Contents:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..hparams import shared
 from ..state import SessionState, Snapshot, Step
 from . import folder as folders
 from . import steps
@@ -111,7 +112,7 @@ class Journal:
     def _take_back(self, kept: int) -> None:
         assert self._manifest is not None
         names = [written.name for written in self._trailing[:kept]]
-        hparams = folders.shared(self._manifest.hparams)  # earlier releases kept secrets there
+        hparams = shared(self._manifest.hparams)  # earlier releases kept secrets there
         manifest = replace(self._manifest, hparams=hparams, steps=names, revision=self._manifest.revision + 1)
         self._manifest = None
         with writing(self.folder):

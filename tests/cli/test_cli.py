@@ -68,7 +68,7 @@ def test_facts_become_edits_that_are_looked_at_taken_back_and_used(work: Path, r
     code, answer = run("inspect", edits)
     assert code == 0
     assert (answer["in_force"], answer["step"], answer["rollback_from"]) == (4, 2, 0)
-    assert answer["base_model"] == str(work / "model")
+    assert answer["base_model"] == "model"
     assert all((work / "edits" / name).stat().st_size == size for name, size in answer["files"].items())
 
     code, answer = run("show", edits, "lovelace")
@@ -387,6 +387,23 @@ def test_a_change_of_mind_never_shares_a_batch() -> None:
     facts = [Fact(i, Request("Ada is", "Ada", target)) for i, target in enumerate(["a", "a", "b", "b", "c"], 1)]
     assert [[fact.line for fact in batch] for batch in batches(facts, 3)] == [[1, 2], [3, 4], [5]]
     assert [[fact.line for fact in batch] for batch in batches(facts[:2], 1)] == [[1], [2]]
+
+
+def test_where_a_model_lies_is_remembered_here_and_asked_for_elsewhere(
+    work: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*edit(work))[0] == 0
+    assert not any(str(work).encode() in path.read_bytes() for path in (work / "edits").rglob("*") if path.is_file())
+    edits = str(work / "edits")
+    assert run("rollback", edits, "--to", "1")[1]["in_force"] == 2
+    monkeypatch.setenv("COACHHOOK_CACHE", str(work / "elsewhere"))
+    monkeypatch.chdir(work / "edits")
+    code, answer = run("forget", edits, "1-1")
+    assert code == 1
+    assert answer["error"].startswith("model: no base model of these edits")
+    assert answer["error"].endswith("name it with --model")
+    assert "\n" not in answer["error"]
+    assert run("forget", edits, "1-1", "--model", str(work / "model"))[1]["in_force"] == 1
 
 
 def test_a_change_of_mind_in_the_file_is_not_reversed_by_going_on(work: Path, run: Any) -> None:

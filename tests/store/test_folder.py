@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from plain import bits, hook_layers, logits_of, photograph, photograph_session
 from safetensors.torch import load_file, save
 
 from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits
+from coachhook_plugin.hparams import FREE, PLACES, differing
 from coachhook_plugin.store.manifest import Manifest
 
 Start = Callable[..., EditSession]
@@ -571,6 +573,29 @@ def test_edits_of_another_shape_are_refused(saved: Path, tiny: Any) -> None:
     exchange(saved, "hook_layers", save({name: t[:-1] if "residual" in name else t for name, t in tensors.items()}))
     (saved / MEMORY).unlink()
     refused(tiny(), saved, "another shape")
+
+
+def test_paths_stay_out_of_a_folder_and_the_same_text_elsewhere_is_the_same(
+    start: Start, tiny: Any, facts: Facts, text: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere" / text.name
+    elsewhere.parent.mkdir()
+    shutil.copy(text, elsewhere)
+    session = start()
+    session.model.config._name_or_path = str(tmp_path / "models" / "tiny-llama")
+    session.edit(facts[:2])
+    session.save(tmp_path / "edits")
+    config = json.loads((tmp_path / "edits" / CONFIG).read_text())
+    assert (config["base_model"], config["hparams"]["mom2_dataset"]) == ("tiny-llama", text.name)
+    assert not any(str(folder) in json.dumps(config) for folder in (tmp_path, text.parent))
+    rewrite(tmp_path / "edits", hparams={**config["hparams"], "mom2_dataset": str(text)})  # by an earlier release
+    other = EditSession.resume(tmp_path / "edits", tiny(), session.tokenizer, progress=False)
+    assert differing(other.hparams, replace(session.hparams, mom2_dataset=str(elsewhere)), FREE | PLACES) == []
+    (said,) = differing(other.hparams, replace(session.hparams, mom2_dataset="other.txt"), FREE | PLACES)
+    assert said == f"mom2_dataset: {text.name!r} in force, 'other.txt' given"
+    other.edit(facts[2:])
+    other.rollback(to=1)
+    assert str(text) not in (tmp_path / "edits" / CONFIG).read_text()
 
 
 def test_the_small_models_name_is_kept_and_not_where_this_machine_has_it(
