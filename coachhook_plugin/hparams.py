@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -125,6 +126,9 @@ class CoachHooKHparams:
             raise ValueError(f"short_prompt_ratio is {self.short_prompt_ratio}; it must lie in (0, 1]")
         if not self.mom2_adjustment:
             raise ValueError("mom2_adjustment is false; CoachHooK has no update without the key covariance")
+        for name in PLACES:
+            if given := getattr(self, name):
+                setattr(self, name, os.path.expanduser(given))
         if self.use_hooks and self.scope == "leverage" and not self.dynamic_alpha:
             LOG.warning("dynamic_alpha is false, but scope: leverage has no alpha; the ablation needs scope: zscore")
         self.torch_device()

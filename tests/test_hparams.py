@@ -155,6 +155,15 @@ def test_a_value_that_cannot_be_meant_is_refused_by_name(field: str, value: Any)
         CoachHooKHparams.from_dict({**LEAST, field: value})
 
 
+def test_the_users_home_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("stats_dir", "session_dir", "save_path", "load_path")
+    found = CoachHooKHparams.from_dict({**LEAST, **{name: f"~/{name}" for name in names}})
+    assert [getattr(found, name) for name in names] == [str(tmp_path / name) for name in names]
+    found.save_path = "~/later"
+    assert dataclasses.replace(found).save_path == str(tmp_path / "later")
+
+
 def test_a_misspelt_key_is_not_silently_dropped(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match=r"mine\.yaml.*'aplha'"):
         CoachHooKHparams.from_hparams(written(tmp_path, aplha=3.0))
