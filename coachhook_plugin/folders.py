@@ -12,6 +12,7 @@ from torch import nn
 from . import store
 from .beginning import scope_of_constants
 from .fingerprint import weights_fingerprint
+from .placement import Place
 from .smollm2 import public_name
 from .store import Contents, FolderError, Journal, Record
 from .store.files import lock
@@ -21,28 +22,37 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode(False)  # whatever the caller is in: the model may be trained later
-def load_edits(model: nn.Module, folder: str | Path, tokenizer: Any = None, progress: bool = True) -> EditSession:
+def load_edits(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    progress: bool = True,
+    memory_device: Place | None = None,
+) -> EditSession:
     """Put the edits of a folder on a model, which then answers bit for bit as the model they were saved from.
 
     Args:
         model: the base model of those edits, as Hugging Face loads it.
         folder: written by `EditSession.save`, or the `session_dir` of a session, which stays as it is.
         tokenizer: its tokenizer; without it, or without memory.safetensors, the edits can be used but not edited on.
+        memory_device: where the memories rest from now on, as the hyperparameter says it; None: where they did.
 
     Raises:
         ValueError: the folder is damaged, of a newer format, or made for other weights. Nothing was attached.
     """
-    return _session_of(store.read(Path(folder)), model, tokenizer, progress)
+    return _session_of(store.read(Path(folder), memory_device), model, tokenizer, progress)
 
 
 @torch.inference_mode(False)
-def resume(folder: str | Path, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:
+def resume(
+    folder: str | Path, model: nn.Module, tokenizer: Any, progress: bool, memory_device: Place | None
+) -> EditSession:
     """See `EditSession.resume`."""
     if not store.holds_edits(Path(folder)):
         raise FolderError(f"{folder}: holds no session; start one with session_dir in the hyperparameters")
     journal = Journal(folder)
     try:
-        contents = store.read(Path(folder))
+        contents = store.read(Path(folder), memory_device)
         if contents.history is None:
             raise FolderError(f"{folder}: memory.safetensors is missing, without which a session cannot go on")
         session = _session_of(contents, model, tokenizer, progress)

@@ -209,6 +209,7 @@ FREE = frozenset(
         "evaluation_type",
         "api_key",
         "target_tokens",
+        "memory_device",
         "history_steps",
         "save_path",
         "load_path",

@@ -34,6 +34,7 @@ from .beginning import beginning
 from .hparams import CoachHooKHparams
 from .ledger import Ledger, lines_of_batch, to_forget
 from .observation import Comparison
+from .placement import Place
 from .sampling import context_prefixes
 from .scope import Scope, ScopeState
 from .state import Factors, History, LayerState, SessionState, Snapshot, Step, changes
@@ -291,17 +292,25 @@ class EditSession:
         folders.save(self, Path(folder), memory)
 
     @classmethod
-    def resume(cls, folder: str | Path, model: nn.Module, tokenizer: Any = None, progress: bool = True) -> EditSession:
+    def resume(
+        cls,
+        folder: str | Path,
+        model: nn.Module,
+        tokenizer: Any = None,
+        progress: bool = True,
+        memory_device: Place | None = None,
+    ) -> EditSession:
         """Go on with the session of a folder, at its last whole batch; every further batch is written there.
 
         Args:
             model: the base model of those edits, without a session.
             tokenizer: its tokenizer; without it the session can do all but `edit` and `forget`.
+            memory_device: as in `load_edits`.
 
         Raises:
             ValueError: as `load_edits`, or the folder lacks memory.safetensors, or another session writes to it.
         """
-        return folders.resume(folder, model, tokenizer, progress)
+        return folders.resume(folder, model, tokenizer, progress, memory_device)
 
     def keep_in(self, folder: str | Path) -> None:
         """Write everything so far, and every further batch before `edit` returns, to a folder without edits.

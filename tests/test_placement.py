@@ -7,16 +7,18 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from plain import bits, photograph_session
 
 import coachhook_plugin.placement
-from coachhook_plugin import EditSession
+from coachhook_plugin import EditSession, load_edits
 from coachhook_plugin.cache import cache_dir
+from coachhook_plugin.hparams import differing
 from coachhook_plugin.placement import Place, at_rest, room_for
 
 PLACES = get_args(Place)
@@ -54,6 +56,31 @@ def test_edits_are_the_same_bit_for_bit_wherever_the_memory_rests(
     again.rollback(to=2)
     assert again.edit(facts[3:]).nll == plain.edit(facts[3:]).nll
     assert bits_of(again) == bits_of(plain)
+
+
+def test_edits_made_where_there_is_much_memory_go_on_where_there_is_less(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    plain = start()
+    for folder in ("loaded", "resumed"):
+        session = start(session_dir=str(tmp_path / folder))
+        session.edit(facts[:2])
+        session.edit(facts[2:3])
+        session.close()
+    for batch in (facts[:2], facts[2:3], facts[3:]):
+        plain.edit(batch)
+    loaded = load_edits(tiny(), tmp_path / "loaded", plain.tokenizer, progress=False, memory_device="cpu")
+    resumed = EditSession.resume(tmp_path / "resumed", tiny(), plain.tokenizer, False, memory_device="disk")
+    for session, place in ((loaded, "cpu"), (resumed, "disk")):
+        assert session.hparams.memory_device == place
+        session.edit(facts[3:])
+        for layers in (session.state.layers, session.state.history.base.layers):  # type: ignore[union-attr]
+            assert {of.memory.place for of in layers.values() if of.memory is not None} == {place}
+        assert bits_of(session) == bits_of(plain)
+    resumed.save(tmp_path / "resumed")
+    resumed.close()
+    assert EditSession.resume(tmp_path / "resumed", tiny(), plain.tokenizer).hparams.memory_device == "disk"
+    assert differing(plain.hparams, replace(plain.hparams, memory_device="cpu")) == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's list of mappings is Linux's")

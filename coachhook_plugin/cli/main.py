@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from ..cache import cache_dir, write_whole
 from ..folders import load_edits
 from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
+from ..placement import Place
 from ..session import EditSession
 from ..shipped import shipped_hparams
 from ..store import Contents, FolderError, holds_edits, hparams_of, read
@@ -317,12 +318,15 @@ def _session_to_edit(options: argparse.Namespace) -> Iterator[EditSession]:
     usual = "float16" if hparams is not None and hparams.fp16 else "float32"
     dtype = _agreed_dtype(options, hparams) if going_on else options.dtype or usual
     device = options.device or (None if hparams is None else hparams.torch_device())
+    place = options.memory_device
+    if hparams is not None and (options.hparams or not going_on):
+        place = place or hparams.memory_device
     model, tokenizer = _loaded(options.model, dtype, device)
     if going_on:
-        session = EditSession.resume(options.out, model, tokenizer, progress=not options.quiet)
+        session = EditSession.resume(options.out, model, tokenizer, not options.quiet, place)
     else:
         assert hparams is not None
-        hparams = replace(hparams, model_name=options.model, session_dir=str(options.out))
+        hparams = replace(hparams, model_name=options.model, session_dir=str(options.out), memory_device=place)
         session = EditSession(model, tokenizer, hparams, progress=not options.quiet)
     try:
         yield session
@@ -353,7 +357,7 @@ def _is_shipped(model: str) -> bool:
 @contextmanager
 def _resumed(options: argparse.Namespace) -> Iterator[EditSession]:
     model, tokenizer = _base_model(options)
-    session = EditSession.resume(options.folder, model, tokenizer, progress=not options.quiet)
+    session = EditSession.resume(options.folder, model, tokenizer, not options.quiet, options.memory_device)
     try:
         yield session
     finally:
@@ -386,6 +390,13 @@ def _parser() -> argparse.ArgumentParser:
     on_model.add_argument("--model", help="base model, by path or name; default: the one the edits were made on")
     on_model.add_argument("--device", help="such as cuda:0; default: cpu")
 
+    on_memory = argparse.ArgumentParser(add_help=False)
+    on_memory.add_argument(
+        "--memory-device",
+        choices=get_args(Place),
+        help="where the memories rest between batches; default: as the edits or the hyperparameters have it",
+    )
+
     parser = argparse.ArgumentParser(
         prog="coachhook",
         description="Edit facts in a language model, and look after the edits.",
@@ -395,14 +406,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(
-        name: str, act: Callable[..., Answer], tell: Callable[[Answer], str], what: str, model: bool = False
+        name: str, act: Callable[..., Answer], tell: Callable[[Answer], str], what: str, *more: argparse.ArgumentParser
     ) -> argparse.ArgumentParser:
-        parents = [common, on_model] if model else [common]
-        made = commands.add_parser(name, help=what, description=what, parents=parents)
+        made = commands.add_parser(name, help=what, description=what, parents=[common, *more])
         made.set_defaults(act=act, tell=tell)
         return made
 
-    edit = command("edit", _edit, _tell_edit, "write the facts of a file into a model, batch after batch")
+    edit = command("edit", _edit, _tell_edit, "write the facts of a file into a model, batch after batch", on_memory)
     edit.add_argument("facts", type=Path, help="JSON lines with prompt, subject, target_new")
     edit.add_argument("--model", required=True, help="shipped name of hyperparameters, or with --hparams any model")
     edit.add_argument("--out", type=Path, required=True, help="folder of the session; every batch is kept at once")
@@ -423,9 +433,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, _tell_inspect, "say what a folder holds, and check every byte of it")
     show = command("show", _show, _tell_show, "the ledger's lines of a fact")
     stats = command("stats", _stats, _tell_stats, "figures about the edits of a folder")
-    rollback = command("rollback", _rollback, _tell_state, "return to an earlier step, bit for bit", model=True)
-    forget = command("forget", _forget, _tell_state, "take single facts back", model=True)
-    generate = command("generate", _generate, _tell_generate, "continue a prompt, with and without edits", model=True)
+    rollback = command(
+        "rollback", _rollback, _tell_state, "return to an earlier step, bit for bit", on_model, on_memory
+    )
+    forget = command("forget", _forget, _tell_state, "take single facts back", on_model, on_memory)
+    generate = command("generate", _generate, _tell_generate, "continue a prompt, with and without edits", on_model)
     for one in (inspect, show, stats, rollback, forget, generate):
         one.add_argument("folder", type=Path, metavar="DIR")
     show.add_argument("fact", metavar="FACT", help="id of an edit, or text of its prompt or target")

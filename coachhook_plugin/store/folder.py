@@ -16,6 +16,7 @@ from ..cache import TEMPORARY
 from ..hparams import PLACES, CoachHooKHparams, shared
 from ..ledger import Edit, Ledger
 from ..memory import KeyMemory
+from ..placement import Place
 from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
 from . import manifest as manifests
 from . import steps
@@ -148,26 +149,30 @@ def check_free(folder: Path) -> None:
         )
 
 
-def read(folder: Path) -> Contents:
+def read(folder: Path, memory_device: Place | None = None) -> Contents:
     """Everything in the folder, checked.
+
+    Args:
+        memory_device: where the memories shall rest from now on; None: where they did.
 
     Raises:
         FolderError: no edits there, a file that is missing or damaged, or a newer format.
     """
     manifest = Manifest.read(folder)
     try:
-        return _read(folder, manifest)
+        return _read(folder, manifest, memory_device)
     except FolderError:
         if Manifest.read(folder).digest == manifest.digest:
             raise
-        return read(folder)  # its session has written all files anew in between
+        return read(folder, memory_device)  # its session has written all files anew in between
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         # The checksums are right, so it was written like that.
         raise FolderError(f"{folder}: its files do not fit together ({type(error).__name__}: {error})") from error
 
 
-def _read(folder: Path, manifest: Manifest) -> Contents:
+def _read(folder: Path, manifest: Manifest, memory_device: Place | None) -> Contents:
     hparams = hparams_of(folder, manifest)
+    hparams.memory_device = memory_device or hparams.memory_device
     layers = hparams.edited_layers
     tensors = read_tensors(_content(folder, manifest, "hook_layers"))
     lines = _content(folder, manifest, "ledger").decode().splitlines()

@@ -186,9 +186,11 @@ def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSe
             )
         session.detach()
     if hparams.session_dir and holds_edits(Path(hparams.session_dir)):
-        return _agreed(EditSession.resume(hparams.session_dir, model, tok), hparams, hparams.session_dir)
+        resumed = EditSession.resume(hparams.session_dir, model, tok, memory_device=hparams.memory_device)
+        return _agreed(resumed, hparams, hparams.session_dir)
     if hparams.load_path:
-        session = _agreed(load_edits(model, hparams.load_path, tok), hparams, hparams.load_path)
+        loaded = load_edits(model, hparams.load_path, tok, memory_device=hparams.memory_device)
+        session = _agreed(loaded, hparams, hparams.load_path)
         if hparams.session_dir:
             try:
                 session.keep_in(hparams.session_dir)

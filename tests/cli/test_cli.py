@@ -406,6 +406,24 @@ def test_where_a_model_lies_is_remembered_here_and_asked_for_elsewhere(
     assert run("forget", edits, "1-1", "--model", str(work / "model"))[1]["in_force"] == 1
 
 
+def test_the_place_of_the_memories_is_chosen_anew_by_whoever_goes_on(work: Path, run: Any) -> None:
+    def place() -> str:
+        return json.loads((work / "edits" / "coachhook_config.json").read_text())["hparams"]["memory_device"]
+
+    write(work, zoo.FACTS[:2])
+    assert run(*edit(work, "--memory-device", "cpu"))[0] == 0
+    assert place() == "cpu"
+    write(work, zoo.FACTS[:3])
+    hparams = yaml.safe_load((work / "tiny.yaml").read_text()) | {"memory_device": "disk"}
+    (work / "tiny.yaml").write_text(yaml.safe_dump(hparams))
+    assert run(*edit(work, "--resume"))[1]["in_force"] == 3
+    assert place() == "disk"
+    write(work, zoo.FACTS)
+    assert run(*edit(work, "--resume", "--memory-device", "cpu"))[1]["in_force"] == 4
+    assert place() == "cpu"
+    assert run("forget", str(work / "edits"), "1-1", "--memory-device", "weights")[1]["in_force"] == 3
+
+
 def test_a_change_of_mind_in_the_file_is_not_reversed_by_going_on(work: Path, run: Any) -> None:
     changed = [{**zoo.FACTS[0], "target_new": target} for target in ("English", "Rome", "Berlin")]
     write(work, [changed[0], zoo.FACTS[1], changed[1]])
