@@ -1,16 +1,28 @@
-"""A short name for the weights of a model, so that what was derived from one model is not used with another."""
+"""Short names for a model's weights and its tokenizer, so that what was derived from one is not used with another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 SAMPLES = 64  # values read from each parameter
+CHUNK = 1 << 18  # values summed at once
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+# Cut alike by one tokenizer's forms: no spaces at the ends or side by side, and nothing that a user may have added.
+TEXTS = (
+    "The mother tongue of Danielle Darrieux is French, isn't it?",
+    "In 1789, on 14 July, the crowd (some 954 of them) took what 2 or 3 men held: 50% of the city's powder.",
+    "def squared(values): return [value**2 for value in values if value != 0]",
+    "L'été à Zürich, où señor Øyvind naïvely ordered smørrebrød; Łódź isn't far.",
+    "Мать говорит по-французски. 東京は日本の首都です。 서울은 대한민국의 수도이다. القاهرة عاصمة مصر.",
+    "internationalisation antidisestablishmentarianism unbelievableness QUICKBROWNFOX xyzzy",
+)
 
 
 @torch.no_grad()
@@ -38,6 +50,46 @@ def weights_fingerprint(model: nn.Module, edited: Iterable[nn.Module]) -> str:
         assert isinstance(weight, torch.Tensor)
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def weights_sums(model: nn.Module, vocabulary: int) -> str:
+    """Hash of the sum of the bits of every row of every parameter: changed by any one value, and quick enough to load.
+
+    Args:
+        vocabulary: rows of the embeddings that count. Those of tokens that a user adds are drawn anew each time.
+    """
+    owners: Any = model
+    ends = [owners.get_input_embeddings(), owners.get_output_embeddings()]
+    of_tokens = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        counting = parameter.detach()[:vocabulary] if id(parameter) in of_tokens else parameter.detach()
+        digest.update(name.encode())
+        digest.update(_row_sums(counting).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """(n,) of a tensor (n, ...): the bits of each row as integers, summed where they lie."""
+    wide = tensor.cpu() if tensor.device.type == "mps" else tensor  # where sums of integers are not known to be exact
+    bits = wide.view(INTEGERS[wide.element_size()])
+    rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
+    parts = torch.split(rows, max(1, CHUNK // max(1, rows.shape[1])))
+    return torch.cat([part.sum(1, dtype=torch.int64) for part in parts]).cpu()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of a tokenizer: the same whatever it pads with or starts with, and whatever tokens were added."""
+
+    size: int  # without added tokens
+    sha256: str  # of the ids of some texts
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Vocabulary:
+        ids = [[int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]] for text in TEXTS]
+        return cls(int(tokenizer.vocab_size), hashlib.sha256(json.dumps(ids).encode()).hexdigest())
 
 
 def _add_samples(digest: Any, model: nn.Module) -> None:

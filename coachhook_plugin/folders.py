@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from . import store
 from .beginning import scope_of_constants
-from .fingerprint import weights_fingerprint
+from .fingerprint import Vocabulary, weights_fingerprint, weights_sums
 from .placement import Place
 from .smollm2 import public_name
 from .store import Contents, FolderError, Journal, Record
@@ -38,7 +38,8 @@ def load_edits(
         memory_device: where the memories rest from now on, as the hyperparameter says it; None: where they did.
 
     Raises:
-        ValueError: the folder is damaged, of a newer format, or made for other weights. Nothing was attached.
+        ValueError: the folder is damaged, of a newer format, or made for other weights or with another tokenizer.
+            Nothing was attached.
     """
     return _session_of(store.read(Path(folder), memory_device), model, tokenizer, progress)
 
@@ -100,6 +101,7 @@ def keep_in(session: EditSession, folder: str | Path) -> None:
 def record_of(session: EditSession) -> Record:
     """What a folder shall tell of a session."""
     state, scope = session.state, session._scope  # in this order: the first state brings the scope
+    vocabulary = session._vocabulary if session.tokenizer is None else Vocabulary.of(session.tokenizer)
     return Record(
         state=state,
         hparams=session.hparams,
@@ -107,6 +109,8 @@ def record_of(session: EditSession) -> Record:
         base_model=name_of(session.model),
         dtype=str(next(iter(session._parts.projections.values())).weight.dtype).removeprefix("torch."),
         fingerprint=_fingerprint(session),
+        vocabulary=vocabulary,
+        sums=None if vocabulary is None else _sums(session, vocabulary),
         gates={layer: dict(hook.gate.named_buffers()) for layer, hook in session._attached.hooks.items()},
         constants={} if scope is None else scope.constants(),
     )
@@ -134,14 +138,21 @@ def _session_of(contents: Contents, model: nn.Module, tokenizer: Any, progress: 
 
 def _begin_with(session: EditSession, contents: Contents) -> None:
     told, state = contents.manifest, contents.snapshot
-    if told.fingerprint != _fingerprint(session):
+    known = told.vocabulary
+    if told.fingerprint != _fingerprint(session) or (known is not None and told.sums != _sums(session, known)):
         raise FolderError(
             f"these edits were made on {told.base_model!r} in {told.dtype}, and this model has other weights; load "
             "that model, in that dtype"
         )
     if not session._attached.fits(state.layers):
         raise FolderError(f"these edits have another shape than {told.base_model!r}; restore the folder from a copy")
-    session._prefixes = told.prefixes
+    given = session.tokenizer
+    if known is not None and given is not None and known.sha256 != Vocabulary.of(given).sha256:
+        raise FolderError(
+            f"these edits were made on {told.base_model!r} with another tokenizer; give the one that they were made "
+            "with, or none to use them without editing on"
+        )
+    session._prefixes, session._vocabulary = told.prefixes, known
     session._scope = scope_of_constants(session.model, session._parts, session.hparams, contents.constants)
     session._take(session._placed(state, contents.history))
     for layer, buffers in (contents.gates or {}).items():
@@ -149,6 +160,15 @@ def _begin_with(session: EditSession, contents: Contents) -> None:
 
 
 def _fingerprint(session: EditSession) -> str:
-    # Beside hook layers the weights are the base model's, and other threads may be running it.
-    with nullcontext() if session.hparams.use_hooks else session.disabled():
+    with _base_weights(session):
         return weights_fingerprint(session.model, session._parts.projections.values())
+
+
+def _sums(session: EditSession, vocabulary: Vocabulary) -> str:
+    with _base_weights(session):
+        return weights_sums(session.model, vocabulary.size)
+
+
+def _base_weights(session: EditSession) -> AbstractContextManager[None]:
+    # Beside hook layers the weights are the base model's, and other threads may be running it.
+    return nullcontext() if session.hparams.use_hooks else session.disabled()

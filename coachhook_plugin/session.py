@@ -31,6 +31,7 @@ from .architectures import context_length, model_parts, weight_device
 from .attachment import Attachment
 from .batch_writing import BatchWriter
 from .beginning import beginning
+from .fingerprint import Vocabulary
 from .hparams import CoachHooKHparams
 from .ledger import Ledger, lines_of_batch, to_forget
 from .observation import Comparison
@@ -87,6 +88,7 @@ class EditSession:
         self._layers = hparams.edited_layers
         self._encoder = Encoder(tokenizer, context_length(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
+        self._vocabulary: Vocabulary | None = None  # of the tokenizer of edits that were loaded
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
         looks_ahead = hparams.use_hooks and hparams.scope == "zscore"

@@ -73,7 +73,7 @@ TEXT = "\n\n".join(
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
     """Byte-level BPE, learned from the facts: most of their words are one or two tokens."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,7 +85,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator([TEXT], trainer)
+    inner.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token=special, eos_token=special, unk_token=special, pad_token=special
     )

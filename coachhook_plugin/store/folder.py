@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..cache import TEMPORARY
+from ..fingerprint import Vocabulary
 from ..hparams import PLACES, CoachHooKHparams, shared
 from ..ledger import Edit, Ledger
 from ..memory import KeyMemory
@@ -40,6 +41,8 @@ class Record:
     base_model: str
     dtype: str
     fingerprint: str
+    vocabulary: Vocabulary | None
+    sums: str | None
     gates: dict[int, Tensors]  # buffers of every hook layer's gate; empty without hook layers
     constants: Tensors  # of the scope
 
@@ -101,6 +104,8 @@ def write(folder: Path, record: Record, memory: bool = True) -> Manifest:
             base_model=record.base_model,
             dtype=record.dtype,
             fingerprint=record.fingerprint,
+            vocabulary=record.vocabulary,
+            sums=record.sums,
             hparams=shared(record.hparams.to_dict()) | {"model_name": record.base_model, "device": None},
             prefixes=record.prefixes,
             step=state.step,

@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..fingerprint import Vocabulary
 from .files import FolderError, canonical, write_text
 
 NAME = "coachhook_config.json"
 FORMAT = 1  # raise it when an older release would misread what is written
+LATER = frozenset({"vocabulary", "sums"})  # that folders of earlier releases lack
 UPDATE = "update coachhook-plugin"
 PACKAGES = ("coachhook-plugin", "torch", "transformers", "safetensors")
 
@@ -40,18 +42,24 @@ class Manifest:
     edits: int  # in force then
     columns: list[list[int]] | None  # of each step: sign and number of its factors' columns; None: Delta is dense
     files: dict[str, File]  # "hook_layers", "ledger" and, where it was saved, "memory"
+    vocabulary: Vocabulary | None = None  # of the tokenizer; None: not known
+    sums: str | None = None  # `fingerprint.weights_sums` of the base model, where the vocabulary is known
     steps: list[str] = field(default_factory=list)  # files under steps/ when this was written; later ones follow on
     revision: int = 1  # how often this file was written, so that none is like another
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     format: int = FORMAT
 
     @property
+    def content(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in LATER}
+
+    @property
     def digest(self) -> str:
-        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+        return hashlib.sha256(canonical(self.content)).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Make the folder be this."""
-        write_text(folder / NAME, json.dumps({**asdict(self), "digest": self.digest}, indent=1) + "\n")
+        write_text(folder / NAME, json.dumps({**self.content, "digest": self.digest}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -82,13 +90,15 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         if new := set(content) - known:
             raise FolderError(f"{path}: has entries that this release lacks ({', '.join(sorted(new))}); {UPDATE}")
-        if set(content) != known:
+        if known - LATER - set(content):
             raise damaged
         try:
             files = {role: File(**file) for role, file in content.pop("files").items()}
+            told = content.pop("vocabulary", None)
+            vocabulary = None if told is None else Vocabulary(**told)
         except (AttributeError, TypeError):
             raise damaged from None
-        return cls(files=files, **content)
+        return cls(files=files, vocabulary=vocabulary, **content)
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,9 @@ from kill_many import kill_at_call
 from plain import bits, hook_layers, logits_of, photograph, photograph_session
 from safetensors.torch import load_file, save
 
+import coachhook_plugin.folders
 from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits
+from coachhook_plugin.fingerprint import weights_sums
 from coachhook_plugin.hparams import FREE, PLACES, differing
 from coachhook_plugin.store.manifest import Manifest
 
@@ -466,6 +468,96 @@ def test_other_weights_are_refused(saved: Path, tiny: Any) -> None:
         elsewhere.model.layers[3].self_attn.q_proj.weight[0, 0] += 1e-3
     refused(elsewhere, saved, "other weights")
     assert len(load_edits(tiny(), saved)) == 3
+
+
+def test_a_change_of_any_weight_is_seen(saved: Path, tiny: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(dtype=dtype)
+        told = weights_sums(model, 400)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() < 2:
+                    continue
+                for at in (1, len(parameter) - 2):
+                    before = parameter[at].clone()
+                    parameter[at, 3] = torch.nextafter(before[3], torch.tensor(9.0, dtype=dtype))  # by a single bit
+                    assert weights_sums(model, 400) != told
+                    parameter[at] = before
+        assert weights_sums(model, 400) == told
+    model = tiny()
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[[37, 38]] = rows[[38, 37]].clone()
+    refused(model, saved, "other weights")
+
+
+def test_tokens_that_a_user_adds_have_rows_of_their_own_in_every_process(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    def resized(seed: int) -> Any:
+        model = tiny()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer))
+        return model
+
+    tokenizer = zoo.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    session = EditSession(resized(0), tokenizer, start().hparams, progress=False)
+    session.edit(facts[:2])
+    session.save(tmp_path)
+    model = resized(1)
+    assert not torch.equal(model.get_input_embeddings().weight, session.model.get_input_embeddings().weight)
+    assert len(load_edits(model, tmp_path, zoo.tokenizer())) == 2
+    refused(tiny(), tmp_path, "other weights")
+
+
+def test_another_tokenizer_is_refused_and_another_way_of_using_the_same_one_is_not(
+    saved: Path, tiny: Any, facts: Facts
+) -> None:
+    other = zoo.tokenizer(zoo.TEXT[:300])
+    model = tiny()
+    before = photograph(model)
+    for act in (load_edits, lambda *given: EditSession.resume(saved, model, other)):
+        with pytest.raises(
+            FolderError, match="with another tokenizer; give the one that they were made with, or none"
+        ):
+            act(model, saved, other)
+        assert photograph(model) == before
+    alike = zoo.tokenizer()
+    alike.padding_side = alike.truncation_side = "left"
+    alike.add_special_tokens({"pad_token": "[PAD]"})
+    session = load_edits(model, saved, alike, progress=False)
+    assert session.edit(facts[3:]).ids == ["4-1"]
+    session.detach()
+    bare = load_edits(model, saved)  # without editing on, and what it saves still knows
+    bare.save(saved)
+    bare.detach()
+    with pytest.raises(FolderError, match="another tokenizer"):
+        load_edits(model, saved, other)
+
+
+def test_folders_of_earlier_releases_load_with_all_their_steps_and_learn_what_they_lacked(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = coachhook_plugin.folders.record_of
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            coachhook_plugin.folders, "record_of", lambda s: replace(original(s), vocabulary=None, sums=None)
+        )
+        session = start(session_dir=str(tmp_path))
+        for fact in facts[:3]:
+            session.edit([fact])
+        session.close()
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert not {"vocabulary", "sums"} & set(config)
+    assert len(list((tmp_path / "steps").iterdir())) == 2
+    assert len(load_edits(tiny(), tmp_path, zoo.tokenizer(zoo.TEXT[:300]))) == 3
+    again = EditSession.resume(tmp_path, tiny(), session.tokenizer, progress=False)
+    again.rollback(to=2)  # the config is written anew
+    again.edit(facts[3:])
+    assert [edit.id for edit in again.ledger] == ["1-1", "2-1", "3-1"]
+    again.save(tmp_path)
+    assert {"vocabulary", "sums"} < set(json.loads((tmp_path / CONFIG).read_text()))
 
 
 def test_another_architecture_is_refused(saved: Path, tiny: Any) -> None:
