@@ -16,6 +16,7 @@ from .placement import Place
 from .smollm2 import public_name
 from .store import Contents, FolderError, Journal, Record
 from .store.files import lock
+from .store.folder import Use
 
 if TYPE_CHECKING:
     from .session import EditSession
@@ -35,13 +36,14 @@ def load_edits(
         model: the base model of those edits, as Hugging Face loads it.
         folder: written by `EditSession.save`, or the `session_dir` of a session, which stays as it is.
         tokenizer: its tokenizer; without it, or without memory.safetensors, the edits can be used but not edited on.
+            Then the memories are not read either; `save` takes them from the folder's file.
         memory_device: where the memories rest from now on, as the hyperparameter says it; None: where they did.
 
     Raises:
         ValueError: the folder is damaged, of a newer format, or made for other weights or with another tokenizer.
             Nothing was attached.
     """
-    return _session_of(store.read(Path(folder), memory_device), model, tokenizer, progress)
+    return _session_of(store.read(Path(folder), memory_device, _use(tokenizer)), model, tokenizer, progress)
 
 
 @torch.inference_mode(False)
@@ -53,7 +55,7 @@ def resume(
         raise FolderError(f"{folder}: holds no session; start one with session_dir in the hyperparameters")
     journal = Journal(folder)
     try:
-        contents = store.read(Path(folder), memory_device)
+        contents = store.read(Path(folder), memory_device, _use(tokenizer))
         if contents.history is None:
             raise FolderError(f"{folder}: memory.safetensors is missing, without which a session cannot go on")
         session = _session_of(contents, model, tokenizer, progress)
@@ -121,6 +123,10 @@ def name_of(model: nn.Module) -> str:
     given = public_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     path = Path(given).expanduser()
     return path.absolute().name if path.is_absolute() or path.is_dir() else given
+
+
+def _use(tokenizer: Any) -> Use:
+    return "answering" if tokenizer is None else "editing"
 
 
 def _session_of(contents: Contents, model: nn.Module, tokenizer: Any, progress: bool) -> EditSession:

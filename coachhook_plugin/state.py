@@ -7,7 +7,7 @@ steps from an earlier state therefore gives the bits that the session had, on ev
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -101,7 +101,7 @@ class Snapshot:
 
     def after(self, step: Step) -> Snapshot:
         return Snapshot(
-            {i: factors.written(self.layers[i], step.sign) for i, factors in step.layers.items()},
+            {i: step.layers[i].written(layer, step.sign) for i, layer in self.layers.items()},
             changed(self.scope, step.scope),
             with_lines(self.ledger, step.lines),
             self.step + 1,
@@ -116,6 +116,8 @@ class History:
     steps: tuple[Step, ...] = ()
     # The steps before `base`, as far as Delta goes; None once they would take more room than Delta itself.
     folded: tuple[Step, ...] | None = ()
+    # The memories of `base` by layer, mapped where they were found, for a session that cannot edit and so has none.
+    left: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def at(self, number: int) -> Snapshot:
         """The state after step `number`, from that of `base` on."""

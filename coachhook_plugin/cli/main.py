@@ -131,7 +131,7 @@ def _tell_edit(answer: Answer) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> Answer:
-    contents = read(options.folder)
+    contents = read(options.folder, use="looking")
     manifest, hparams = contents.manifest, contents.hparams
     return {
         "folder": str(options.folder),
@@ -167,7 +167,7 @@ def _show(options: argparse.Namespace) -> Answer:
     wanted = options.fact.lower()
     found = [
         edit
-        for edit in read(options.folder).snapshot.ledger
+        for edit in read(options.folder, use="looking").snapshot.ledger
         if edit.id == wanted or any(wanted in text.lower() for text in (edit.prompt, edit.target_new))
     ]
     if not found:
@@ -186,7 +186,7 @@ def _line(edit: Edit) -> str:
 
 
 def _stats(options: argparse.Namespace) -> Answer:
-    contents = read(options.folder)
+    contents = read(options.folder, use="looking")
     ledger = contents.snapshot.ledger
     nll = [edit.nll for edit in ledger if edit.in_force]
     sizes = _sizes(options.folder, contents)
@@ -236,7 +236,7 @@ def _tell_state(answer: Answer) -> str:
 
 def _generate(options: argparse.Namespace) -> Answer:
     model, tokenizer = _base_model(options)
-    session = load_edits(model, options.folder, tokenizer)
+    session = load_edits(model, options.folder)
 
     def said() -> str:
         ids = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

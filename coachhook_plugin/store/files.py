@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
 from ..cache import write_durably
@@ -74,19 +74,59 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read ({error.strerror}); restore the folder from a copy") from None
+
+
+def _check(path: Path, found: str, digest: str) -> None:
+    if found != digest:
+        raise FolderError(f"{path}: damaged, its content is not what was written; restore the folder from a copy")
+
+
 def read_checked(path: Path, digest: str) -> bytes:
     """The content of a file whose SHA-256 is `digest`.
 
     Raises:
         FolderError: the file is missing, unreadable or other than it was written.
     """
-    try:
+    with _reading(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise FolderError(f"{path}: cannot be read ({error.strerror}); restore the folder from a copy") from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise FolderError(f"{path}: damaged, its content is not what was written; restore the folder from a copy")
+    _check(path, hashlib.sha256(data).hexdigest(), digest)
     return data
+
+
+class TensorFile:
+    """A file of tensors whose SHA-256 is `digest`; what is not asked for is not read into memory.
+
+    Raises:
+        FolderError: as `read_checked`.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        with _reading(path):
+            _check(path, sha256(path), digest)
+            found: Any = safe_open(path, framework="pt")
+        self._file = found
+        self.names = sorted(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.mapped(
+            name
+        ).clone()  # because arithmetic may round differently on memory that is aligned otherwise
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor that stays in the file, and there also when the folder has another one by that name."""
+        found = self._file.get_tensor(name)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """By the rest of the name, all whose name begins so."""
+        return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
 
 
 def canonical(content: Any) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,10 @@ from ..placement import Place
 from ..state import Factors, History, LayerState, SessionState, Snapshot, Step, Tensors
 from . import manifest as manifests
 from . import steps
-from .files import FolderError, read_checked, read_tensors, remove, sha256, write_tensors, write_text, writing
+from .files import FolderError, TensorFile, read_checked, remove, sha256, write_tensors, write_text, writing
 from .manifest import File, Manifest
+
+Use = Literal["editing", "answering", "looking"]
 
 STEPS = "steps"
 OURS = re.compile(r"(hook_layers|memory)(-\d+)?\.safetensors|ledger(-\d+)?\.jsonl")
@@ -154,10 +156,12 @@ def check_free(folder: Path) -> None:
         )
 
 
-def read(folder: Path, memory_device: Place | None = None) -> Contents:
+def read(folder: Path, memory_device: Place | None = None, use: Use = "editing") -> Contents:
     """Everything in the folder, checked.
 
     Args:
+        use: what for. To answer the memories are not read, but stay to be saved again; to look at the ledger and the
+            scope no layer is.
         memory_device: where the memories shall rest from now on; None: where they did.
 
     Raises:
@@ -165,43 +169,48 @@ def read(folder: Path, memory_device: Place | None = None) -> Contents:
     """
     manifest = Manifest.read(folder)
     try:
-        return _read(folder, manifest, memory_device)
+        return _read(folder, manifest, memory_device, use)
     except FolderError:
         if Manifest.read(folder).digest == manifest.digest:
             raise
-        return read(folder, memory_device)  # its session has written all files anew in between
+        return read(folder, memory_device, use)  # its session has written all files anew in between
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         # The checksums are right, so it was written like that.
         raise FolderError(f"{folder}: its files do not fit together ({type(error).__name__}: {error})") from error
 
 
-def _read(folder: Path, manifest: Manifest, memory_device: Place | None) -> Contents:
+def _read(folder: Path, manifest: Manifest, memory_device: Place | None, use: Use) -> Contents:
     hparams = hparams_of(folder, manifest)
     hparams.memory_device = memory_device or hparams.memory_device
-    layers = hparams.edited_layers
-    tensors = read_tensors(_content(folder, manifest, "hook_layers"))
-    lines = _content(folder, manifest, "ledger").decode().splitlines()
+    layers = [] if use == "looking" else hparams.edited_layers
+    tensors = _tensors(folder, manifest, "hook_layers")
+    file = manifest.files["ledger"]
+    lines = read_checked(folder / file.name, file.sha256).decode().splitlines()
     ledger: Ledger = tuple(Edit.from_dict(json.loads(line)) for line in lines)
     answers = None if manifest.columns is None else _factored(tensors, layers, manifest.columns)
     deltas = {layer: _delta(tensors, layer, answers) for layer in layers}
     snapshot = Snapshot({layer: LayerState(delta, None) for layer, delta in deltas.items()}, {}, ledger, manifest.step)
     gates: dict[int, Tensors] = {}
-    for name, tensor in tensors.items():
+    for name in tensors.names:
         _, layer, kind, *rest = name.split(".", 3)
         if kind == "gate":
-            gates.setdefault(int(layer), {})[rest[0]] = tensor
+            gates.setdefault(int(layer), {})[rest[0]] = tensors[name]
     trailing = _steps(folder, manifest)
     history: History | None = None
     constants: Tensors = {}
     inside = 0
     if "memory" in manifest.files and (trailing or (folder / manifest.files["memory"].name).exists()):
-        base, held, constants = _kept(_content(folder, manifest, "memory"), hparams, manifest.step)
+        kept = _tensors(folder, manifest, "memory")
+        place = hparams.memory_device if use == "editing" else None
+        base, held = _kept(kept, layers, place, manifest.step)
+        constants, inside = kept.under("constants."), len(held)
         folded = () if base.step == 0 else None if answers is None else answers[: base.step]
-        history, inside = History(base, held, folded), len(held)
+        left = {} if place else {layer: kept.mapped(f"layers.{layer}.memory") for layer in layers}
+        history = History(base, held, folded, left)
         at_files = history.at(manifest.step)
         if any(not torch.equal(at_files.layers[i].delta, deltas[i]) for i in layers):
             raise FolderError(f"{folder}: hook_layers and memory do not belong together; restore it from a copy")
-        history = History(base, (*held, *(written.step for written in trailing)), folded)
+        history = replace(history, steps=(*held, *(written.step for written in trailing)))
         snapshot = at_files
         for written in trailing:
             snapshot = snapshot.after(written.step)
@@ -234,9 +243,9 @@ def _steps(folder: Path, manifest: Manifest) -> list[steps.Written]:
     return steps.read(folder / STEPS, manifest.steps, manifest.digest)
 
 
-def _content(folder: Path, manifest: Manifest, role: str) -> bytes:
+def _tensors(folder: Path, manifest: Manifest, role: str) -> TensorFile:
     file = manifest.files[role]
-    return read_checked(folder / file.name, file.sha256)
+    return TensorFile(folder / file.name, file.sha256)
 
 
 def _named(role: str, revision: int) -> str:
@@ -278,7 +287,7 @@ def _answering(state: SessionState, answers: tuple[Step, ...] | None, gates: dic
     return told
 
 
-def _factored(tensors: Tensors, layers: Iterable[int], columns: list[list[int]]) -> tuple[Step, ...]:
+def _factored(tensors: TensorFile, layers: Iterable[int], columns: list[list[int]]) -> tuple[Step, ...]:
     widths = [width for _, width in columns]
     split = {
         layer: [torch.split(tensors[f"layers.{layer}.{part}"], widths, dim=1) for part in ("residual", "coefficients")]
@@ -290,7 +299,7 @@ def _factored(tensors: Tensors, layers: Iterable[int], columns: list[list[int]])
     )
 
 
-def _delta(tensors: Tensors, layer: int, answers: tuple[Step, ...] | None) -> torch.Tensor:
+def _delta(tensors: TensorFile, layer: int, answers: tuple[Step, ...] | None) -> torch.Tensor:
     if answers is None:
         return tensors[f"layers.{layer}.delta"]
     residual, coefficients = (tensors[f"layers.{layer}.{part}"] for part in ("residual", "coefficients"))
@@ -304,38 +313,36 @@ def _going_on(history: History, constants: Tensors) -> Tensors:
     told: Tensors = {f"constants.{name}": tensor for name, tensor in constants.items()}
     told |= {f"scope.{name}": tensor for name, tensor in history.base.scope.items()}
     for layer, of in history.base.layers.items():
-        assert of.memory is not None
-        told |= {f"layers.{layer}.delta": of.delta, f"layers.{layer}.memory": of.memory.matrix}
+        matrix = history.left[layer] if of.memory is None else of.memory.matrix
+        told |= {f"layers.{layer}.delta": of.delta, f"layers.{layer}.memory": matrix}
     for i, step in enumerate(history.steps):
         told[f"steps.{i}"] = torch.frombuffer(bytearray(steps.pack(step)), dtype=torch.uint8)
     told["ledger"] = _as_tensor([edit.to_dict() for edit in history.base.ledger])
     return told
 
 
-def _kept(data: bytes, hparams: CoachHooKHparams, step: int) -> tuple[Snapshot, tuple[Step, ...], Tensors]:
-    """Where the history begins, the steps that lead from there to `step`, and the scope's constants."""
-    tensors = read_tensors(data)
+def _kept(
+    tensors: TensorFile, layers: Iterable[int], place: Place | None, step: int
+) -> tuple[Snapshot, tuple[Step, ...]]:
+    """Where the history begins, with the memories in `place` or none, and the steps from there to `step`."""
     held: list[Step] = []
-    while (packed := tensors.get(f"steps.{len(held)}")) is not None:
-        held.append(steps.unpack(packed.numpy().tobytes())[0])
+    while (name := f"steps.{len(held)}") in tensors.names:
+        told, _ = steps.unpack(tensors[name].numpy().tobytes())
+        held.append(replace(told, layers={layer: told.layers[layer] for layer in layers}))
     base = Snapshot(
         {
             i: LayerState(
                 tensors[f"layers.{i}.delta"],
-                KeyMemory(tensors.pop(f"layers.{i}.memory")).resting(hparams.memory_device),
+                KeyMemory(tensors[f"layers.{i}.memory"]).resting(place) if place else None,
             )
-            for i in hparams.edited_layers
+            for i in layers
         },
-        _under("scope.", tensors),
+        tensors.under("scope."),
         tuple(Edit.from_dict(line) for line in json.loads(tensors["ledger"].numpy().tobytes())),
         step - len(held),
     )
-    return base, tuple(held), _under("constants.", tensors)
+    return base, tuple(held)
 
 
 def _as_tensor(content: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-
-
-def _under(prefix: str, tensors: Tensors) -> Tensors:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

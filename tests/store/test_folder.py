@@ -23,9 +23,10 @@ from plain import bits, hook_layers, logits_of, photograph, photograph_session
 from safetensors.torch import load_file, save
 
 import coachhook_plugin.folders
-from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits
+from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits, store
 from coachhook_plugin.fingerprint import weights_sums
 from coachhook_plugin.hparams import FREE, PLACES, differing
+from coachhook_plugin.store import files
 from coachhook_plugin.store.manifest import Manifest
 
 Start = Callable[..., EditSession]
@@ -175,6 +176,66 @@ def test_editing_on_says_what_is_missing(
         other.save(tmp_path / "again", memory=False)
         again = load_edits(tiny(), tmp_path / "again")
         assert same(*(logits_of(one.model, session.tokenizer, PROMPTS) for one in (session, again)))
+
+
+def test_edits_loaded_only_to_answer_hold_no_memories_and_lose_none(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path
+) -> None:
+    session = start()
+    for fact in facts[:3]:
+        session.edit([fact])
+    session.save(tmp_path / "first")
+    bare = load_edits(tiny(), tmp_path / "first")
+    assert same(*(logits_of(one.model, session.tokenizer, PROMPTS) for one in (session, bare)))
+    assert all(of.memory is None for of in (*bare.state.layers.values(), *bare.state.history.base.layers.values()))
+    assert bare.kept_bytes() == session.kept_bytes() - 2 * 2 * 8 * 48**2  # the first and the last of two layers
+    bare.rollback(to=2)
+    shutil.rmtree(tmp_path / "first")
+    bare.save(tmp_path / "second")
+    own = EditSession.resume(tmp_path / "second", tiny())
+    own.rollback(to=1)  # inside memory.safetensors, which is written anew
+    own.close()
+    session.rollback(to=1)
+    other = EditSession.resume(tmp_path / "second", tiny(), session.tokenizer, progress=False)
+    for one in (session, other):
+        one.edit(facts[1:])
+        one.forget(["1-1"])
+    assert photograph_session(other)["layers"] == photograph_session(session)["layers"]
+    assert photograph_session(other)["scope"] == photograph_session(session)["scope"]
+
+
+def test_a_look_at_the_ledger_takes_no_room_for_what_it_is_not_told_of(
+    start: Start, tiny: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start(session_dir=str(tmp_path))
+    session.edit(facts[:1])
+    session.forget(["1-1"])
+    session.edit(facts[1:])
+    whole = store.read(tmp_path)
+    asked: list[str] = []
+    original = files.TensorFile.mapped
+
+    def noted(self: Any, name: str) -> torch.Tensor:
+        asked.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(files.TensorFile, "mapped", noted)
+    monkeypatch.setattr(files, "CHUNK", 1 << 10)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_small(path))
+
+    def read_small(path: Path) -> bytes:
+        assert not re.match("memory|hook_layers", path.name)
+        return path.open("rb").read()
+
+    seen = store.read(tmp_path, use="looking")
+    assert not [name for name in asked if re.fullmatch(r"layers\.\d+\.(memory|delta|residual|coefficients)", name)]
+    assert seen.snapshot.layers == {}
+    assert seen.snapshot.ledger == whole.snapshot.ledger
+    assert seen.snapshot.step == whole.snapshot.step == 3
+    assert seen.history.base.step == whole.history.base.step  # type: ignore[union-attr]
+    assert {name: bits(t) for name, t in seen.snapshot.scope.items()} == {
+        name: bits(t) for name, t in whole.snapshot.scope.items()
+    }
 
 
 def test_a_folder_that_is_written_anew_while_it_is_read_is_read_again(
