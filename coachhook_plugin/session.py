@@ -79,6 +79,7 @@ class EditSession:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, hparams: CoachHooKHparams, progress: bool = True) -> None:
+        model = getattr(model, "_orig_mod", model)  # within the wrapper of torch.compile, which has the same modules
         if EditSession.of(model) is not None:
             raise ValueError("this model has an edit session already; use EditSession.of(model), or detach that one")
         hparams = replace(hparams)  # lists too: its owner may change them later

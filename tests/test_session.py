@@ -830,15 +830,26 @@ def test_a_subject_that_cannot_open_the_scope_is_told_to_the_user(
 
 
 def test_the_state_of_another_session_is_refused_and_nothing_changes(start: Start, facts: Facts) -> None:
-    session, other = start(), start(layers=[0, 3])
+    session = start()
     session.edit(facts)
-    other.edit(facts)
-    before, before_session = photograph(session.model), photograph_session(session)
-    with pytest.raises(ValueError, match="state: is that of a session on other layers"):
-        session.restore(other.state)
-    assert photograph(session.model) == before
-    assert photograph_session(session) == before_session
+    for changed in ({"layers": [0, 3]}, {"seed": 1}):  # of other shapes, and of the same
+        other = start(**changed)
+        other.edit(facts)
+        before, before_session = photograph(session.model), photograph_session(session)
+        for act in (session.restore, session.show):
+            with pytest.raises(ValueError, match="state: is that of another session"):
+                act(other.state)
+        assert photograph(session.model) == before
+        assert photograph_session(session) == before_session
+    earlier = session.state
     session.edit(MORE)
+    twin = EditSession.of(copy.deepcopy(session.model))
+    assert twin is not None
+    for one in (session, twin):
+        one.restore(earlier)
+        one.rollback(to=0)
+        one.restore(earlier)
+        assert len(one) == len(facts)
 
 
 def test_the_memory_held_is_counted_from_the_start(start: Start, facts: Facts) -> None:
@@ -1066,6 +1077,27 @@ def test_hyperparameters_changed_after_the_fact_spoil_neither_the_session_nor_it
     for batch in (facts[:2], facts[2:]):
         plain.edit(batch)
     assert photograph_session(again)["layers"] == photograph_session(plain)["layers"]
+
+
+def test_a_compiled_model_and_the_one_within_have_one_session(start: Start, facts: Facts, tmp_path: Path) -> None:
+    plain = start()
+    model, hparams = plain.model, plain.hparams
+    plain.detach()
+    compiled = torch.compile(model, backend="eager")
+    before = photograph(model)
+    session = EditSession(compiled, plain.tokenizer, hparams, progress=False)
+    for one in (model, compiled):
+        assert EditSession.of(one) is session
+        with pytest.raises(ValueError, match="session already"):
+            EditSession(one, plain.tokenizer, hparams)
+    session.edit(facts)
+    session.save(tmp_path)
+    expected = answers(session)
+    session.detach()
+    assert photograph(model) == before
+    assert EditSession.of(compiled) is None
+    again = load_edits(model, tmp_path, plain.tokenizer)  # the parameters have their own names in the folder
+    assert same(answers(again), expected)
 
 
 def test_a_model_has_one_session_and_is_asked_for_it(start: Start, facts: Facts) -> None:
