@@ -15,6 +15,7 @@ Usage::
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -90,6 +91,7 @@ class EditSession:
         self._encoder = Encoder(tokenizer, context_length(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._vocabulary: Vocabulary | None = None  # of the tokenizer of edits that were loaded
+        self._origin = secrets.token_hex(8)  # copies of a session have it too: its states are as good there
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
         looks_ahead = hparams.use_hooks and hparams.scope == "zscore"
@@ -353,10 +355,8 @@ class EditSession:
 
     def _check_own(self, state: SessionState) -> None:
         self._check_living()
-        if not self._attached.fits(state.layers):
-            raise ValueError(
-                f"state: is that of a session on other layers or another model; give a `state` of {self!r} itself"
-            )
+        if state.origin != self._origin:
+            raise ValueError(f"state: is that of another session; give a `state` of {self!r} itself")
 
     def _check_shown(self) -> None:
         state = self._state
@@ -444,7 +444,7 @@ class EditSession:
         devices = {layer: weight_device(projection) for layer, projection in self._parts.projections.items()}
         layers = {layer: of.on(devices[layer]) for layer, of in snapshot.layers.items()}
         scope = self._scope.unpack(snapshot.scope) if self._scope is not None and snapshot.scope else None
-        return SessionState(layers, scope, snapshot.ledger, snapshot.step, history)
+        return SessionState(layers, scope, snapshot.ledger, snapshot.step, history, self._origin)
 
     @torch.inference_mode(False)
     def _initial_state(self) -> SessionState:
@@ -452,4 +452,4 @@ class EditSession:
             layers, self._scope = beginning(self.model, self.tokenizer, self._parts, self.hparams, self.progress)
         scope = None if self._scope is None else self._scope.initial()
         base = Snapshot({layer: of.on(CPU) for layer, of in layers.items()}, self._packed(scope))
-        return SessionState(layers, scope, history=History(base))
+        return SessionState(layers, scope, history=History(base), origin=self._origin)

@@ -190,6 +190,7 @@ class SessionState:
     ledger: Ledger = ()
     step: int = 0  # batches, and calls of `forget`, so far
     history: History | None = None  # None where edits were loaded without it
+    origin: str = ""  # tells the states of a session and of its copies from those of others
 
     @property
     def edits(self) -> int:
@@ -211,7 +212,7 @@ class SessionState:
             return Snapshot({i: of.on(torch.device("cpu")) for i, of in layers.items()}, packed, ledger, number)
 
         assert self.history is not None
-        return SessionState(layers, scope, ledger, number, self.history.followed(step, limit, now))
+        return SessionState(layers, scope, ledger, number, self.history.followed(step, limit, now), self.origin)
 
     def tensors(self) -> list[Any]:
         """Everything held, beside what is no tensor."""

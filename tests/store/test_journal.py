@@ -173,7 +173,7 @@ def test_a_look_at_an_earlier_state_takes_nothing_off_the_disk(
         one.edit(facts[2:])
     session.detach()
     assert told(resume(tmp_path)) == told(untroubled)
-    with pytest.raises(ValueError, match="other layers or another model"):
+    with pytest.raises(ValueError, match="state: is that of another session"):
         start(layers=[0]).show(newest)
 
 
