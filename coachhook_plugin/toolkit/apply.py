@@ -22,6 +22,7 @@ from ..session import EditSession
 from ..state import SessionState
 from ..store import holds_edits
 from ..tokens import parse_requests
+from .release import as_asked
 
 
 @dataclasses.dataclass
@@ -60,15 +61,30 @@ _RUN: ContextVar[Run | None] = ContextVar("coachhook_run", default=None)
 
 
 @contextmanager
-def run(keep: bool, subjects: list[str] | None = None) -> Iterator[Run]:
-    """Around an entry method: whatever ends the body, the model is left with the edits that stay, and only those."""
+def run(
+    model: nn.Module, tok: Any, hparams: CoachHooKHparams, keep: bool, subjects: list[str] | None = None
+) -> Iterator[None]:
+    """Around an entry method: whatever ends the body, the model is left with the edits that stay, and only those.
+
+    Edits of an earlier run are on the model before the body begins, so that its scores "before" know them. Where the
+    body fails and nothing of its own stays, they are taken off again.
+    """
+    found = EditSession.of(model)
+    with as_asked(hparams):
+        session = session_for(model, tok, hparams)
+    before = session.ledger
     current = Run(keep, subjects)
     token = _RUN.set(current)
     try:
-        yield current
-    finally:
-        _RUN.reset(token)
-        current.close()
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+            current.close()
+    except BaseException:
+        if session is not found and session.ledger == before:
+            session.detach()
+        raise
 
 
 def running() -> bool:

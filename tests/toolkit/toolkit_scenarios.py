@@ -566,6 +566,66 @@ def edits_that_stay_are_saved_and_a_later_run_begins_with_them(bench: Bench) -> 
 
 
 @scenario()
+def scores_before_know_the_edits_of_an_earlier_run_whichever_entry_takes_them(bench: Bench) -> None:
+    loaded, session = str(bench.folder / "loaded"), bench.folder / "loaded-session"
+    first = bench.editor("gpt2", save_path=loaded, batch_size=2)
+    first.batch_edit(sequential_edit=True, **facts(2))
+    EditSession.of(first.model).keep_in(session)  # type: ignore[union-attr]
+    EditSession.of(first.model).close()  # type: ignore[union-attr]
+    expected = appearance(first.model)
+    entries = {"edit": facts(2), "batch_edit": facts(2), "edit_requests": {"requests": requests(2)}}
+    for place in ({"load_path": loaded}, {"session_dir": str(session)}):
+        for name, given in entries.items():
+            editor = bench.editor("gpt2", batch_size=2 if name == "batch_edit" else 1, **place)
+            metrics, model, _ = getattr(editor, name)(**given)
+            assert [m["pre"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]], (name, place)
+            assert_same(appearance(model), expected)  # they stay, the call's own do not
+            EditSession.of(model).detach()  # type: ignore[union-attr]
+
+
+@scenario(HEAD)
+def texts_before_are_generated_with_the_edits_of_an_earlier_run(bench: Bench) -> None:
+    folder = str(bench.folder / "loaded-for-texts")
+    bench.editor("gpt2", save_path=folder, **QUICK).edit(sequential_edit=True, **facts(1))
+    editor = bench.editor("gpt2", load_path=folder, **QUICK)
+    generate, seen = editor.model.generate, []
+
+    def short(**given: Any) -> Any:
+        seen.append(edits_in_force(editor))
+        return generate(**(given | {"max_new_tokens": 2}))
+
+    editor.model.generate = short
+    hops = {"por_hop": {"prompt": [["One hop"]], "ground_truth": [["x"]]}}
+    editor.generate_edit(rephrase_prompts=REPHRASED[:1], portability_inputs=hops, **facts(1, start=1))
+    assert seen == [1, 1, 1, 2, 2, 2]
+
+
+@scenario()
+def a_run_that_fails_takes_off_what_it_had_put_on_the_model_first(bench: Bench) -> None:
+    folder, session = str(bench.folder / "taken-off"), str(bench.folder / "taken-off-session")
+    bench.editor(save_path=folder, **QUICK).edit(sequential_edit=True, **facts(1))
+    for place in ({"load_path": folder}, {"load_path": folder, "session_dir": session}, {"session_dir": session}):
+        editor = bench.editor(**place, **QUICK)
+        found = appearance(editor.model)
+        with raises(KeyError, "subject"):
+            editor.edit(PROMPTS[0], TARGETS[0])
+        with raises(KeyError, "subject"):
+            editor.normal_edit(PROMPTS, TARGETS, sequential_edit=True)
+        with bench.scoring(interrupt_at(2)), raises(KeyboardInterrupt):
+            editor.edit(**facts(1, start=1))
+        assert_same(appearance(editor.model), found)
+        assert EditSession.of(editor.model) is None
+        with bench.scoring(interrupt_at(4)), raises(KeyboardInterrupt):
+            editor.edit(sequential_edit=True, **facts(2, start=1))
+        assert edits_in_force(editor) >= 2  # what landed stays, and what it stands on
+        edited = appearance(editor.model)
+        with bench.scoring(interrupt_at(1)), raises(KeyboardInterrupt):
+            editor.edit(**facts(1))
+        assert_same(appearance(editor.model), edited)  # the edits of an earlier call are not this one's
+        EditSession.of(editor.model).detach()  # type: ignore[union-attr]
+
+
+@scenario()
 def an_edit_that_is_undone_after_its_scores_is_saved_all_the_same(bench: Bench) -> None:
     folder = bench.folder / "undone"
     editor = bench.editor(save_path=str(folder), **QUICK)
