@@ -94,7 +94,8 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
         raise ValueError(f"request {i}: expected prompt, subject and target_new; got {type(given).__name__}")
     for name in ("prompt", "subject", "target_new"):
         if given.get(name) is None:
-            raise KeyError(f"request {i}: field {name!r} is missing")
+            beside = "" if name == "prompt" else f" beside the prompt {given['prompt']!r}"
+            raise KeyError(f"request {i}: field {name!r} is missing{beside}")
         if not isinstance(given[name], str):
             raise ValueError(f"request {i}, {name}: expected a string, got {type(given[name]).__name__}")
         if not given[name].strip():

@@ -31,6 +31,7 @@ class Run:
 
     keep: bool  # the edits stay when the call is over
     subjects: list[str] | None = None  # for requests that come without one
+    given: int = 0  # requests that came so far: messages count through the call
     begun: tuple[EditSession, SessionState] | None = None  # before the first batch of this call
     aside: tuple[EditSession, SessionState] | None = None  # edits that stay, out of the way of a "before" score
     save_path: str | None = None  # folder for the edits that stay
@@ -160,18 +161,21 @@ def apply_coachhook_to_model(
             force; nothing has changed.
     """
     current = _RUN.get()
+    first = 0
     if current is not None:
         current.rejoin()
         if current.subjects is not None:
-            requests = [{**r, "subject": s} for r, s in zip(requests, current.subjects, strict=True)]
-    parsed = parse_requests(requests)
+            requests = _with_subjects(requests, current.subjects)
+        first = current.given
+        current.given += len(requests)
+    parsed = parse_requests(requests, first)
     if copy:
         model = deepcopy(model)
     session = session_for(model, tok, hparams)
     before = session.state
     if current is not None and current.begun is None:
         current.begun = (session, before)
-    session.edit(parsed)
+    session.edit(parsed, first)
     if current is not None and current.keep:
         current.save_path = hparams.save_path
     elif hparams.save_path:
@@ -181,6 +185,12 @@ def apply_coachhook_to_model(
             session.restore(before)
             raise
     return model, Undo(session, before, session.state)
+
+
+def _with_subjects(requests: Sequence[Mapping[str, Any]], subjects: Sequence[str]) -> list[dict[str, Any]]:
+    if len(subjects) != len(requests):
+        raise ValueError(f"subject: holds {len(subjects)} for {len(requests)} prompts; give one for each")
+    return [{**request, "subject": subject} for request, subject in zip(requests, subjects, strict=True)]
 
 
 def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:

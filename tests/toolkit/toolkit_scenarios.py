@@ -332,8 +332,8 @@ def ctrl_c_while_writing_leaves_no_trace_of_an_edit(bench: Bench) -> None:
     found = appearance(editor.model)
     edit = EditSession.edit
 
-    def interrupted(self: EditSession, given: Any) -> Any:
-        edit(self, given)
+    def interrupted(self: EditSession, *args: Any) -> Any:
+        edit(self, *args)
         raise KeyboardInterrupt
 
     EditSession.edit = interrupted  # type: ignore[method-assign]
@@ -368,6 +368,32 @@ def a_request_that_cannot_be_edited_changes_nothing(bench: Bench) -> None:
     with raises(ValueError, "subject"):
         editor.edit_requests([*requests(1), requests(1)[0] | {"subject": "nowhere"}])
     assert_same(appearance(editor.model), found)
+
+
+@scenario()
+def a_request_is_named_by_its_place_in_the_call_whatever_batch_it_is_in(bench: Bench) -> None:
+    editor = bench.editor(batch_size=2, **QUICK)
+    twice = facts()
+    twice["prompts"][3] = "Ada Lovelace and Ada Lovelace"
+    with raises(ValueError, "request 3, subject: 'Ada Lovelace' occurs 2 times"):
+        editor.batch_edit(sequential_edit=True, **twice)
+    assert edits_in_force(editor) == 2
+    without = requests(2)
+    del without[1]["subject"]
+    editor.hparams.batch_size = 1
+    with raises(KeyError, f"request 1: field 'subject' is missing beside the prompt '{PROMPTS[1]}'"):
+        editor.edit_requests(without)
+    with raises(ValueError, "subject: holds 3 for 4 prompts; give one for each"):
+        editor.normal_edit(PROMPTS, TARGETS, subject=SUBJECTS[:3])
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("coachhook_plugin.probe")
+    logger.addHandler(handler)
+    editor = bench.editor(scope="zscore", dynamic_alpha=False, alpha=100.0, short_prompt_ratio=1.0, **QUICK)
+    editor.edit(**facts(3))
+    logger.removeHandler(handler)
+    assert [message.partition(":")[0] for message in told] == [f"request {i}, subject" for i in range(3)]
 
 
 @scenario()
