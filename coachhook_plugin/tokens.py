@@ -6,6 +6,7 @@ padded on the right whatever the tokenizer's own padding side is, so that result
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
             raise ValueError(f"request {i}, {name}: is empty")
         if any("\ud800" <= letter <= "\udfff" for letter in given[name]):
             raise ValueError(f"request {i}, {name}: {given[name]!r} holds half a character; write it as proper UTF-8")
-    prompt, subject = given["prompt"], given["subject"].strip()
+    # One space at the end stands before the target anyway: with and without it is one prompt.
+    prompt, subject = re.sub(r"(?<=\S) \Z", "", given["prompt"]), given["subject"].strip()
     if "{" in prompt or "}" in prompt:
         raise ValueError(
             f"request {i}, prompt: braces in {prompt!r}; write the subject out and take the braces away "

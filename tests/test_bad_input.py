@@ -103,6 +103,19 @@ def test_the_same_request_twice_is_fine_however_it_is_spaced(start: Callable[...
     assert result.nll[0] == pytest.approx(result.nll[1], rel=1e-4)
 
 
+def test_a_space_at_the_end_of_a_prompt_makes_no_other_fact_of_it(start: Callable[..., EditSession]) -> None:
+    session = start()
+    spaced = {**GOOD, "prompt": f"{GOOD['prompt']} ", "target_new": "Rome"}
+    with pytest.raises(ValueError, match="'Rome' contradicts 'Berlin' of request 0 for the same prompt"):
+        session.edit([GOOD, spaced])
+    session.edit([GOOD])
+    assert session.edit([spaced]).superseded == ["1-1"]
+    assert session.edit([GOOD]).superseded == ["2-1"]
+    others = [{**GOOD, "prompt": GOOD["prompt"] + space, "target_new": "Seoul"} for space in ("  ", "\n", " \n")]
+    assert session.edit([GOOD, *others]).superseded == ["3-1"]  # other texts in front of the target
+    assert len(session) == 4
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [([1, 4], ["4", "0 to 3"]), ([99], ["99"]), ([2, 1], ["shallow to deep"]), ([1, 1], ["once"]), ([-1], ["from 0"])],
