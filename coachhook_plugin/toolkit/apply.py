@@ -24,6 +24,9 @@ from ..store import holds_edits
 from ..tokens import parse_requests
 from .release import as_asked
 
+# What a session takes up when it begins, and not while it lives.
+BEGINNING = frozenset({"load_path", "memory_device"})
+
 
 @dataclasses.dataclass
 class Run:
@@ -194,16 +197,25 @@ def _with_subjects(requests: Sequence[Mapping[str, Any]], subjects: Sequence[str
 
 
 def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
-    """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed.
+    """The model's session, which takes up what may change in `hparams`, or a new one with a copy of them.
 
     A new one begins with the edits that are in `session_dir`, or else with those of `load_path`.
+
+    Raises:
+        ValueError: the session has edits in force, and `hparams` differ in what may not change.
     """
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)
     if session is not None:
-        # Without a session_dir of their own, batches go where the session's go.
-        others = differing(session.hparams, dataclasses.replace(hparams, session_dir=_folder(session, hparams)))
+        in_force = session.hparams
+        given = dataclasses.replace(
+            hparams,  # a folder that this call does not name is the session's
+            session_dir=hparams.session_dir or in_force.session_dir,
+            load_path=hparams.load_path or in_force.load_path,
+        )
+        others = differing(in_force, given, FREE - BEGINNING)
         if not others:
+            session.hparams = given
             return session
         if len(session):
             raise ValueError(
@@ -236,10 +248,6 @@ def _agreed(session: EditSession, hparams: CoachHooKHparams, folder: str) -> Edi
         )
     session.hparams = hparams
     return session
-
-
-def _folder(session: EditSession, hparams: CoachHooKHparams) -> str | None:
-    return hparams.session_dir or session.hparams.session_dir
 
 
 def _lives(session: EditSession) -> bool:

@@ -35,6 +35,7 @@ from toolkit_bench import (
 )
 
 from coachhook_plugin import CoachHooKHparams, EditSession
+from coachhook_plugin import target as optimisation
 from coachhook_plugin import toolkit as plugin
 from coachhook_plugin.store import holds_edits, read
 
@@ -697,6 +698,62 @@ def a_batch_that_landed_stays_on_the_disk_while_the_model_is_scored_without_it(b
         assert on_disk >= landed, seen
     assert landed == 4
     assert edits_in_force(editor) == 4
+
+
+@scenario()
+def what_may_change_between_two_calls_is_used_from_the_next_one_on(bench: Bench) -> None:
+    editor = bench.editor(**QUICK)
+    editor.edit(sequential_edit=True, **facts(1))
+    editor.hparams.target_tokens, editor.hparams.history_steps = 7, 1
+    editor.edit(sequential_edit=True, **facts(3, start=1))
+    session = EditSession.of(editor.model)
+    assert session.hparams == editor.hparams
+    assert session.hparams is not editor.hparams
+    with raises(ValueError, "history_steps"):
+        session.rollback(to=1)
+    asked: list[int] = []
+    chunks = optimisation.micro_batches
+    optimisation.micro_batches = lambda rows, budget: asked.append(budget) or chunks(rows, budget)
+    try:
+        editor.edit(**facts(1))
+    finally:
+        optimisation.micro_batches = chunks
+    assert asked == [7]
+
+
+@scenario()
+def a_load_path_that_is_named_later_is_used_or_refused_never_ignored(bench: Bench) -> None:
+    folder = str(bench.folder / "named-later")
+    bench.editor(save_path=folder, **QUICK).edit(sequential_edit=True, **facts(2))
+    editor = bench.editor(**QUICK)
+    editor.edit(**facts(1))
+    editor.hparams.load_path = folder
+    editor.edit(sequential_edit=True, **facts(1, start=2))
+    assert edits_in_force(editor) == 3
+    editor.hparams.load_path = None
+    editor.edit(sequential_edit=True, **facts(1, start=3))
+    assert edits_in_force(editor) == 4
+    editor.hparams.load_path = str(bench.folder / "another")
+    with raises(ValueError, "load_path"):
+        editor.edit(**facts(1))
+    assert edits_in_force(editor) == 4
+
+
+@scenario()
+def after_a_session_was_closed_nobody_believes_that_its_folder_is_written(bench: Bench) -> None:
+    folder = bench.folder / "closed"
+    editor = bench.editor(session_dir=str(folder), **QUICK)
+    editor.edit(sequential_edit=True, **facts(1))
+    EditSession.of(editor.model).close()
+    with raises(ValueError, "session_dir: None in force"):
+        editor.edit(sequential_edit=True, **facts(1, start=1))
+    editor.hparams.session_dir = None
+    editor.edit(sequential_edit=True, **facts(1, start=1))
+    assert (edits_in_force(editor), len(read(folder).snapshot.ledger)) == (2, 1)
+    EditSession.of(editor.model).detach()
+    editor.hparams.session_dir = str(folder)
+    editor.edit(sequential_edit=True, **facts(2, start=2))
+    assert (edits_in_force(editor), len(read(folder).snapshot.ledger)) == (3, 3)
 
 
 def random_numbers() -> list[Any]:
