@@ -110,7 +110,7 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
             f"request {i}, prompt: braces in {prompt!r}; write the subject out and take the braces away "
             "(the toolkit's prompt templates give them a meaning)"
         )
-    count = prompt.count(subject)
+    count = occurrences(prompt, subject)
     if count == 0:
         at = prompt.lower().find(subject.lower())
         hint = f"it says {prompt[at : at + len(subject)]!r}: match its case" if at >= 0 else "name it as written there"
@@ -121,6 +121,11 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
             "or the place to edit is ambiguous"
         )
     return Request(prompt, subject, given["target_new"].strip())
+
+
+def occurrences(text: str, subject: str) -> int:
+    """How often a text names a subject, also where two such places overlap ("ana" in "banana")."""
+    return sum(text.startswith(subject, i) for i in range(len(text)))
 
 
 class Encoder:

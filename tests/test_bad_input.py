@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "subject elsewhere": ({"subject": "Norway"}, ValueError, ["subject", "'Norway'", "not in the prompt"]),
     "other case": ({"subject": "ada lovelace"}, ValueError, ["subject", "'Ada Lovelace'", "case"]),
     "subject twice": ({"prompt": "Ada Lovelace or Ada Lovelace is"}, ValueError, ["subject", "2 times", "once"]),
+    "overlapping": ({"prompt": "The banana is", "subject": "ana"}, ValueError, ["subject", "2 times", "once"]),
     "braces": ({"prompt": "{} was born, says Ada Lovelace, in"}, ValueError, ["prompt", "braces"]),
     "one brace": ({"prompt": "Ada Lovelace } was born in"}, ValueError, ["prompt", "braces"]),
     "too long": ({"prompt": LONG, "subject": "Norway"}, ValueError, ["prompt", "tokens", "128"]),
