@@ -331,6 +331,7 @@ class EditSession:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+            self.hparams = replace(self.hparams, session_dir=None)
 
     def detach(self) -> None:
         """Take everything off the model: its modules, hooks and weights are exactly as they were found."""

@@ -6,6 +6,7 @@ padded on the right whatever the tokenizer's own padding side is, so that result
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,20 +95,22 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
         raise ValueError(f"request {i}: expected prompt, subject and target_new; got {type(given).__name__}")
     for name in ("prompt", "subject", "target_new"):
         if given.get(name) is None:
-            raise KeyError(f"request {i}: field {name!r} is missing")
+            beside = "" if name == "prompt" else f" beside the prompt {given['prompt']!r}"
+            raise KeyError(f"request {i}: field {name!r} is missing{beside}")
         if not isinstance(given[name], str):
             raise ValueError(f"request {i}, {name}: expected a string, got {type(given[name]).__name__}")
         if not given[name].strip():
             raise ValueError(f"request {i}, {name}: is empty")
         if any("\ud800" <= letter <= "\udfff" for letter in given[name]):
             raise ValueError(f"request {i}, {name}: {given[name]!r} holds half a character; write it as proper UTF-8")
-    prompt, subject = given["prompt"], given["subject"].strip()
+    # One space at the end stands before the target anyway: with and without it is one prompt.
+    prompt, subject = re.sub(r"(?<=\S) \Z", "", given["prompt"]), given["subject"].strip()
     if "{" in prompt or "}" in prompt:
         raise ValueError(
             f"request {i}, prompt: braces in {prompt!r}; write the subject out and take the braces away "
             "(the toolkit's prompt templates give them a meaning)"
         )
-    count = prompt.count(subject)
+    count = occurrences(prompt, subject)
     if count == 0:
         at = prompt.lower().find(subject.lower())
         hint = f"it says {prompt[at : at + len(subject)]!r}: match its case" if at >= 0 else "name it as written there"
@@ -118,6 +121,11 @@ def _parsed(i: int, request: Mapping[str, Any] | Request) -> Request:
             "or the place to edit is ambiguous"
         )
     return Request(prompt, subject, given["target_new"].strip())
+
+
+def occurrences(text: str, subject: str) -> int:
+    """How often a text names a subject, also where two such places overlap ("ana" in "banana")."""
+    return sum(text.startswith(subject, i) for i in range(len(text)))
 
 
 class Encoder:

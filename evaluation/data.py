@@ -227,7 +227,8 @@ def _unusable(record: Record) -> str | None:
         return EMPTY_TARGET
     if not record.subject:
         return NO_SUBJECT
-    occurrences = record.prompt.count(record.subject)
+    # Places that overlap count, too.
+    occurrences = sum(record.prompt.startswith(record.subject, i) for i in range(len(record.prompt)))
     if occurrences == 0:
         return SUBJECT_ABSENT
     return SUBJECT_REPEATED if occurrences > 1 else None

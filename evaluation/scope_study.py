@@ -31,7 +31,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from coachhook_plugin import CoachHooKHparams, EditSession, Request
-from coachhook_plugin.tokens import Encoder
+from coachhook_plugin.tokens import Encoder, occurrences
 
 from .data import Record, load_records
 from .metrics import continuations, perplexity
@@ -176,7 +176,7 @@ def margins_of(session: EditSession, tokenizer: Any, records: Sequence[Record], 
 
 def _at_subject(session: EditSession, tokenizer: Any, text: str, subject: str) -> list[float]:
     """The margin at the subject's last token, where the text names the subject once."""
-    if text.count(subject) != 1:
+    if occurrences(text, subject) != 1:
         return []
     row = Encoder(tokenizer, None).prompt("", Request(text, subject, ""))
     return [float(session.margins(torch.tensor(row.ids))[row.subject])]

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "subject elsewhere": ({"subject": "Norway"}, ValueError, ["subject", "'Norway'", "not in the prompt"]),
     "other case": ({"subject": "ada lovelace"}, ValueError, ["subject", "'Ada Lovelace'", "case"]),
     "subject twice": ({"prompt": "Ada Lovelace or Ada Lovelace is"}, ValueError, ["subject", "2 times", "once"]),
+    "overlapping": ({"prompt": "The banana is", "subject": "ana"}, ValueError, ["subject", "2 times", "once"]),
     "braces": ({"prompt": "{} was born, says Ada Lovelace, in"}, ValueError, ["prompt", "braces"]),
     "one brace": ({"prompt": "Ada Lovelace } was born in"}, ValueError, ["prompt", "braces"]),
     "too long": ({"prompt": LONG, "subject": "Norway"}, ValueError, ["prompt", "tokens", "128"]),
@@ -101,6 +102,19 @@ def test_the_same_request_twice_is_fine_however_it_is_spaced(start: Callable[...
     assert len(result.nll) == 3
     assert len(session) == 1
     assert result.nll[0] == pytest.approx(result.nll[1], rel=1e-4)
+
+
+def test_a_space_at_the_end_of_a_prompt_makes_no_other_fact_of_it(start: Callable[..., EditSession]) -> None:
+    session = start()
+    spaced = {**GOOD, "prompt": f"{GOOD['prompt']} ", "target_new": "Rome"}
+    with pytest.raises(ValueError, match="'Rome' contradicts 'Berlin' of request 0 for the same prompt"):
+        session.edit([GOOD, spaced])
+    session.edit([GOOD])
+    assert session.edit([spaced]).superseded == ["1-1"]
+    assert session.edit([GOOD]).superseded == ["2-1"]
+    others = [{**GOOD, "prompt": GOOD["prompt"] + space, "target_new": "Seoul"} for space in ("  ", "\n", " \n")]
+    assert session.edit([GOOD, *others]).superseded == ["3-1"]  # other texts in front of the target
+    assert len(session) == 4
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ from ..session import EditSession
 from ..state import SessionState
 from ..store import holds_edits
 from ..tokens import parse_requests
+from .release import as_asked
+
+# What a session takes up when it begins, and not while it lives.
+BEGINNING = frozenset({"load_path", "memory_device"})
 
 
 @dataclasses.dataclass
@@ -30,6 +34,7 @@ class Run:
 
     keep: bool  # the edits stay when the call is over
     subjects: list[str] | None = None  # for requests that come without one
+    given: int = 0  # requests that came so far: messages count through the call
     begun: tuple[EditSession, SessionState] | None = None  # before the first batch of this call
     aside: tuple[EditSession, SessionState] | None = None  # edits that stay, out of the way of a "before" score
     save_path: str | None = None  # folder for the edits that stay
@@ -60,15 +65,30 @@ _RUN: ContextVar[Run | None] = ContextVar("coachhook_run", default=None)
 
 
 @contextmanager
-def run(keep: bool, subjects: list[str] | None = None) -> Iterator[Run]:
-    """Around an entry method: whatever ends the body, the model is left with the edits that stay, and only those."""
+def run(
+    model: nn.Module, tok: Any, hparams: CoachHooKHparams, keep: bool, subjects: list[str] | None = None
+) -> Iterator[None]:
+    """Around an entry method: whatever ends the body, the model is left with the edits that stay, and only those.
+
+    Edits of an earlier run are on the model before the body begins, so that its scores "before" know them. Where the
+    body fails and nothing of its own stays, they are taken off again.
+    """
+    found = EditSession.of(model)
+    with as_asked(hparams):
+        session = session_for(model, tok, hparams)
+    before = session.ledger
     current = Run(keep, subjects)
     token = _RUN.set(current)
     try:
-        yield current
-    finally:
-        _RUN.reset(token)
-        current.close()
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+            current.close()
+    except BaseException:
+        if session is not found and session.ledger == before:
+            session.detach()
+        raise
 
 
 def running() -> bool:
@@ -144,18 +164,21 @@ def apply_coachhook_to_model(
             force; nothing has changed.
     """
     current = _RUN.get()
+    first = 0
     if current is not None:
         current.rejoin()
         if current.subjects is not None:
-            requests = [{**r, "subject": s} for r, s in zip(requests, current.subjects, strict=True)]
-    parsed = parse_requests(requests)
+            requests = _with_subjects(requests, current.subjects)
+        first = current.given
+        current.given += len(requests)
+    parsed = parse_requests(requests, first)
     if copy:
         model = deepcopy(model)
     session = session_for(model, tok, hparams)
     before = session.state
     if current is not None and current.begun is None:
         current.begun = (session, before)
-    session.edit(parsed)
+    session.edit(parsed, first)
     if current is not None and current.keep:
         current.save_path = hparams.save_path
     elif hparams.save_path:
@@ -167,17 +190,32 @@ def apply_coachhook_to_model(
     return model, Undo(session, before, session.state)
 
 
+def _with_subjects(requests: Sequence[Mapping[str, Any]], subjects: Sequence[str]) -> list[dict[str, Any]]:
+    if len(subjects) != len(requests):
+        raise ValueError(f"subject: holds {len(subjects)} for {len(requests)} prompts; give one for each")
+    return [{**request, "subject": subject} for request, subject in zip(requests, subjects, strict=True)]
+
+
 def session_for(model: nn.Module, tok: Any, hparams: CoachHooKHparams) -> EditSession:
-    """The model's session, or a new one with a copy of `hparams`, so that a later change to them is noticed.
+    """The model's session, which takes up what may change in `hparams`, or a new one with a copy of them.
 
     A new one begins with the edits that are in `session_dir`, or else with those of `load_path`.
+
+    Raises:
+        ValueError: the session has edits in force, and `hparams` differ in what may not change.
     """
     hparams = dataclasses.replace(hparams)
     session = EditSession.of(model)
     if session is not None:
-        # Without a session_dir of their own, batches go where the session's go.
-        others = differing(session.hparams, dataclasses.replace(hparams, session_dir=_folder(session, hparams)))
+        in_force = session.hparams
+        given = dataclasses.replace(
+            hparams,  # a folder that this call does not name is the session's
+            session_dir=hparams.session_dir or in_force.session_dir,
+            load_path=hparams.load_path or in_force.load_path,
+        )
+        others = differing(in_force, given, FREE - BEGINNING)
         if not others:
+            session.hparams = given
             return session
         if len(session):
             raise ValueError(
@@ -212,10 +250,6 @@ def _agreed(session: EditSession, hparams: CoachHooKHparams, folder: str) -> Edi
         )
     session.hparams = hparams
     return session
-
-
-def _folder(session: EditSession, hparams: CoachHooKHparams) -> str | None:
-    return hparams.session_dir or session.hparams.session_dir
 
 
 def _lives(session: EditSession) -> bool:

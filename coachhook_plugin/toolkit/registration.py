@@ -94,7 +94,8 @@ def _entry(method: Function, is_release: bool) -> Function:
             keep = bool(given.get("sequential_edit", sequential)) or given.get("keep_original_weight") is False
             size = getattr(self.hparams, "batch_size", None)
             try:
-                with run(keep, [subjects] if isinstance(subjects, str) else subjects):
+                subjects = [subjects] if isinstance(subjects, str) else subjects
+                with run(self.model, self.tok, self.hparams, keep, subjects):
                     return chunked(self, *args, **kwargs)
             finally:
                 if is_release:  # its `edit` writes 1 into the caller's hyperparameters

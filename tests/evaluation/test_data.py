@@ -218,12 +218,13 @@ def test_records_that_would_break_an_edit_are_left_out_and_counted(tmp_path: Pat
         {**ZSRE, "src": "Which river feeds lake quill?"},
         ZSRE,
         {**ZSRE, "src": "Lake Quill: which river feeds Lake Quill?"},
+        {**ZSRE, "src": "Where do bananas grow?", "subject": "ana"},
         {**ZSRE, "subject": ""},
         {**ZSRE, "alt": "  "},
     ]
     records = load_zsre(write(tmp_path, raw))
     assert [record.case_id for record in records] == ["2"]
-    assert records.skipped == {EMPTY_TARGET: 2, SUBJECT_ABSENT: 1, SUBJECT_REPEATED: 1, NO_SUBJECT: 1}
+    assert records.skipped == {EMPTY_TARGET: 2, SUBJECT_ABSENT: 1, SUBJECT_REPEATED: 2, NO_SUBJECT: 1}
 
 
 @pytest.mark.parametrize(("raw", "name"), [(FLAT, "prompt"), (KNOWEDIT, "prompt")])

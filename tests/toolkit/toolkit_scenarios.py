@@ -35,6 +35,7 @@ from toolkit_bench import (
 )
 
 from coachhook_plugin import CoachHooKHparams, EditSession
+from coachhook_plugin import target as optimisation
 from coachhook_plugin import toolkit as plugin
 from coachhook_plugin.store import holds_edits, read
 
@@ -332,8 +333,8 @@ def ctrl_c_while_writing_leaves_no_trace_of_an_edit(bench: Bench) -> None:
     found = appearance(editor.model)
     edit = EditSession.edit
 
-    def interrupted(self: EditSession, given: Any) -> Any:
-        edit(self, given)
+    def interrupted(self: EditSession, *args: Any) -> Any:
+        edit(self, *args)
         raise KeyboardInterrupt
 
     EditSession.edit = interrupted  # type: ignore[method-assign]
@@ -368,6 +369,32 @@ def a_request_that_cannot_be_edited_changes_nothing(bench: Bench) -> None:
     with raises(ValueError, "subject"):
         editor.edit_requests([*requests(1), requests(1)[0] | {"subject": "nowhere"}])
     assert_same(appearance(editor.model), found)
+
+
+@scenario()
+def a_request_is_named_by_its_place_in_the_call_whatever_batch_it_is_in(bench: Bench) -> None:
+    editor = bench.editor(batch_size=2, **QUICK)
+    twice = facts()
+    twice["prompts"][3] = "Ada Lovelace and Ada Lovelace"
+    with raises(ValueError, "request 3, subject: 'Ada Lovelace' occurs 2 times"):
+        editor.batch_edit(sequential_edit=True, **twice)
+    assert edits_in_force(editor) == 2
+    without = requests(2)
+    del without[1]["subject"]
+    editor.hparams.batch_size = 1
+    with raises(KeyError, f"request 1: field 'subject' is missing beside the prompt '{PROMPTS[1]}'"):
+        editor.edit_requests(without)
+    with raises(ValueError, "subject: holds 3 for 4 prompts; give one for each"):
+        editor.normal_edit(PROMPTS, TARGETS, subject=SUBJECTS[:3])
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("coachhook_plugin.probe")
+    logger.addHandler(handler)
+    editor = bench.editor(scope="zscore", dynamic_alpha=False, alpha=100.0, short_prompt_ratio=1.0, **QUICK)
+    editor.edit(**facts(3))
+    logger.removeHandler(handler)
+    assert [message.partition(":")[0] for message in told] == [f"request {i}, subject" for i in range(3)]
 
 
 @scenario()
@@ -566,6 +593,66 @@ def edits_that_stay_are_saved_and_a_later_run_begins_with_them(bench: Bench) -> 
 
 
 @scenario()
+def scores_before_know_the_edits_of_an_earlier_run_whichever_entry_takes_them(bench: Bench) -> None:
+    loaded, session = str(bench.folder / "loaded"), bench.folder / "loaded-session"
+    first = bench.editor("gpt2", save_path=loaded, batch_size=2)
+    first.batch_edit(sequential_edit=True, **facts(2))
+    EditSession.of(first.model).keep_in(session)  # type: ignore[union-attr]
+    EditSession.of(first.model).close()  # type: ignore[union-attr]
+    expected = appearance(first.model)
+    entries = {"edit": facts(2), "batch_edit": facts(2), "edit_requests": {"requests": requests(2)}}
+    for place in ({"load_path": loaded}, {"session_dir": str(session)}):
+        for name, given in entries.items():
+            editor = bench.editor("gpt2", batch_size=2 if name == "batch_edit" else 1, **place)
+            metrics, model, _ = getattr(editor, name)(**given)
+            assert [m["pre"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]], (name, place)
+            assert_same(appearance(model), expected)  # they stay, the call's own do not
+            EditSession.of(model).detach()  # type: ignore[union-attr]
+
+
+@scenario(HEAD)
+def texts_before_are_generated_with_the_edits_of_an_earlier_run(bench: Bench) -> None:
+    folder = str(bench.folder / "loaded-for-texts")
+    bench.editor("gpt2", save_path=folder, **QUICK).edit(sequential_edit=True, **facts(1))
+    editor = bench.editor("gpt2", load_path=folder, **QUICK)
+    generate, seen = editor.model.generate, []
+
+    def short(**given: Any) -> Any:
+        seen.append(edits_in_force(editor))
+        return generate(**(given | {"max_new_tokens": 2}))
+
+    editor.model.generate = short
+    hops = {"por_hop": {"prompt": [["One hop"]], "ground_truth": [["x"]]}}
+    editor.generate_edit(rephrase_prompts=REPHRASED[:1], portability_inputs=hops, **facts(1, start=1))
+    assert seen == [1, 1, 1, 2, 2, 2]
+
+
+@scenario()
+def a_run_that_fails_takes_off_what_it_had_put_on_the_model_first(bench: Bench) -> None:
+    folder, session = str(bench.folder / "taken-off"), str(bench.folder / "taken-off-session")
+    bench.editor(save_path=folder, **QUICK).edit(sequential_edit=True, **facts(1))
+    for place in ({"load_path": folder}, {"load_path": folder, "session_dir": session}, {"session_dir": session}):
+        editor = bench.editor(**place, **QUICK)
+        found = appearance(editor.model)
+        with raises(KeyError, "subject"):
+            editor.edit(PROMPTS[0], TARGETS[0])
+        with raises(KeyError, "subject"):
+            editor.normal_edit(PROMPTS, TARGETS, sequential_edit=True)
+        with bench.scoring(interrupt_at(2)), raises(KeyboardInterrupt):
+            editor.edit(**facts(1, start=1))
+        assert_same(appearance(editor.model), found)
+        assert EditSession.of(editor.model) is None
+        with bench.scoring(interrupt_at(4)), raises(KeyboardInterrupt):
+            editor.edit(sequential_edit=True, **facts(2, start=1))
+        assert edits_in_force(editor) >= 2  # what landed stays, and what it stands on
+        edited = appearance(editor.model)
+        with bench.scoring(interrupt_at(1)), raises(KeyboardInterrupt):
+            editor.edit(**facts(1))
+        assert_same(appearance(editor.model), edited)  # the edits of an earlier call are not this one's
+        EditSession.of(editor.model).detach()  # type: ignore[union-attr]
+
+
+@scenario()
 def an_edit_that_is_undone_after_its_scores_is_saved_all_the_same(bench: Bench) -> None:
     folder = bench.folder / "undone"
     editor = bench.editor(save_path=str(folder), **QUICK)
@@ -611,6 +698,62 @@ def a_batch_that_landed_stays_on_the_disk_while_the_model_is_scored_without_it(b
         assert on_disk >= landed, seen
     assert landed == 4
     assert edits_in_force(editor) == 4
+
+
+@scenario()
+def what_may_change_between_two_calls_is_used_from_the_next_one_on(bench: Bench) -> None:
+    editor = bench.editor(**QUICK)
+    editor.edit(sequential_edit=True, **facts(1))
+    editor.hparams.target_tokens, editor.hparams.history_steps = 7, 1
+    editor.edit(sequential_edit=True, **facts(3, start=1))
+    session = EditSession.of(editor.model)
+    assert session.hparams == editor.hparams
+    assert session.hparams is not editor.hparams
+    with raises(ValueError, "history_steps"):
+        session.rollback(to=1)
+    asked: list[int] = []
+    chunks = optimisation.micro_batches
+    optimisation.micro_batches = lambda rows, budget: asked.append(budget) or chunks(rows, budget)
+    try:
+        editor.edit(**facts(1))
+    finally:
+        optimisation.micro_batches = chunks
+    assert asked == [7]
+
+
+@scenario()
+def a_load_path_that_is_named_later_is_used_or_refused_never_ignored(bench: Bench) -> None:
+    folder = str(bench.folder / "named-later")
+    bench.editor(save_path=folder, **QUICK).edit(sequential_edit=True, **facts(2))
+    editor = bench.editor(**QUICK)
+    editor.edit(**facts(1))
+    editor.hparams.load_path = folder
+    editor.edit(sequential_edit=True, **facts(1, start=2))
+    assert edits_in_force(editor) == 3
+    editor.hparams.load_path = None
+    editor.edit(sequential_edit=True, **facts(1, start=3))
+    assert edits_in_force(editor) == 4
+    editor.hparams.load_path = str(bench.folder / "another")
+    with raises(ValueError, "load_path"):
+        editor.edit(**facts(1))
+    assert edits_in_force(editor) == 4
+
+
+@scenario()
+def after_a_session_was_closed_nobody_believes_that_its_folder_is_written(bench: Bench) -> None:
+    folder = bench.folder / "closed"
+    editor = bench.editor(session_dir=str(folder), **QUICK)
+    editor.edit(sequential_edit=True, **facts(1))
+    EditSession.of(editor.model).close()
+    with raises(ValueError, "session_dir: None in force"):
+        editor.edit(sequential_edit=True, **facts(1, start=1))
+    editor.hparams.session_dir = None
+    editor.edit(sequential_edit=True, **facts(1, start=1))
+    assert (edits_in_force(editor), len(read(folder).snapshot.ledger)) == (2, 1)
+    EditSession.of(editor.model).detach()
+    editor.hparams.session_dir = str(folder)
+    editor.edit(sequential_edit=True, **facts(2, start=2))
+    assert (edits_in_force(editor), len(read(folder).snapshot.ledger)) == (3, 3)
 
 
 def random_numbers() -> list[Any]:
