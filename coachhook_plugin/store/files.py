@@ -114,9 +114,7 @@ class TensorFile:
         self.names = sorted(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.mapped(
-            name
-        ).clone()  # because arithmetic may round differently on memory that is aligned otherwise
+        return self.mapped(name).clone()  # arithmetic may round differently on memory that is aligned otherwise
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor that stays in the file, and there also when the folder has another one by that name."""
