@@ -76,14 +76,16 @@ class Seen:
 
     width: int = 0
     attention: str = ""
+    by_row: frozenset[str] = frozenset()  # arguments of blocks that looked as if they had an entry for each row
 
-    def holds(self, blocks: Sequence[nn.Module], width: int) -> bool:
+    def holds(self, blocks: Sequence[nn.Module], width: int, by_row: frozenset[str] = frozenset()) -> bool:
         """Whether what came out the same tells of rows of `width` tokens, too.
 
-        Longer rows may reach past an attention window, and the user may choose another attention between batches.
+        Longer rows may reach past an attention window, and the user may choose another attention between batches. And
+        what has an entry for each head looks like one with an entry for each row where they are as many.
         """
         known = max(self.width, _short(blocks)) if self.width else 0
-        return width <= known and self.attention == attention_of(blocks)
+        return width <= known and self.attention == attention_of(blocks) and by_row <= self.by_row
 
 
 @dataclass
