@@ -102,6 +102,7 @@ class Comparison:
     tail: type | None = None  # the way of running the upper blocks that came out the same
     tail_seen: Seen = Seen()
     warned: bool = False  # that no such way agrees
+    named_head: bool | None = None  # whether the final norm and the head alone give the logits; None: not known yet
 
     def runs_trees(self, blocks: Sequence[nn.Module], width: int) -> bool | None:
         """Whether rows of `width` tokens come out the same through a tree; None: that is not known yet."""

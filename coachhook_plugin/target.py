@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .architectures import ModelParts
+from .head import Head, head_of
 from .hparams import CoachHooKHparams
 from .observation import Comparison, observe
 from .tail import Tail, cut
@@ -152,6 +153,7 @@ def _solve(
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer
     seen = observe(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
     tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, seen, comparison)
+    head = head_of(model, parts, problem.batch, comparison)
     subject = problem.batch.subject - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)
@@ -174,7 +176,7 @@ def _solve(
         nll_now, loss = torch.zeros(u, device=device), decay.detach()
         for group in groups:
             with torch.enable_grad():
-                nll_part, kl_part = _objective(parts, group, delta, before)
+                nll_part, kl_part = _objective(head, group, delta, before)
                 part = nll_part + hparams.kl_factor * kl_part  # (u,)
             nll_now, loss = nll_now + nll_part.detach(), loss + part.detach()
             if not final:
@@ -233,7 +235,7 @@ def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group
 
 
 def _objective(
-    parts: ModelParts, group: _Group, delta: torch.Tensor, before: dict[int, torch.Tensor]
+    head: Head, group: _Group, delta: torch.Tensor, before: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(u,) each: the group's share of every request's NLL (mean over its tokens and contexts), and of its KL."""
     hidden, rows = group.tail.hidden, torch.arange(len(group.owner), device=group.owner.device)
@@ -244,12 +246,12 @@ def _objective(
     )
     nll, kl = delta.new_zeros(len(delta)), delta.new_zeros(len(delta))
     if len(group.wanted):
-        logits = parts.logits(for_loss[group.predict_row, group.predict_at]).float()  # (p, V)
+        logits = head(for_loss[group.predict_row, group.predict_at]).float()  # (p, V)
         each = F.cross_entropy(logits, group.wanted.to(logits.device), reduction="none").to(delta.device)
         nll = nll.index_add(0, group.owner[group.predict_row], each * group.weight)
     if len(group.kl_row):
         owner = group.owner[group.kl_row]
-        now = parts.logits(for_kl[group.kl_row, group.subject[group.kl_row]]).float().log_softmax(-1)  # (q, V)
+        now = head(for_kl[group.kl_row, group.subject[group.kl_row]]).float().log_softmax(-1)  # (q, V)
         for i, row in zip(owner.tolist(), now.detach(), strict=True):
             before.setdefault(i, row)
         reference = torch.stack([before[i] for i in owner.tolist()])
