@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .architectures import context_length
-from .cache import cache_dir, write_whole
+from .cache import cache_dir, dispensable, is_kept, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
 from .sampling import sample
@@ -69,13 +69,14 @@ class SampledText:
 
     def batch(self, index: int) -> torch.Tensor:
         path = cache_dir() / "text" / f"{self._name}-{index}.npy"
-        if path.is_file():
+        if is_kept(path):
             try:
                 return self._read(path)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 LOG.warning("%s: unreadable (%s); writing it again", path, error)
         drawn = self._drawn(index).cpu().numpy()
-        write_whole(path, lambda stream: np.save(stream, drawn))
+        with dispensable():
+            write_whole(path, lambda stream: np.save(stream, drawn))
         return torch.from_numpy(drawn)
 
     def _read(self, path: Path) -> torch.Tensor:
