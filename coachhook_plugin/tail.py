@@ -39,7 +39,7 @@ class Tail(Protocol):
     def hidden(self) -> torch.Tensor: ...
 
     @property
-    def offset(self) -> torch.Tensor: ...
+    def offset(self) -> torch.Tensor: ...  # where `hidden` is
 
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, S, d) in place of `hidden` -> states after the block the loss is read from, and after the last one."""
@@ -79,7 +79,9 @@ class _Suffix:
             earlier, own = mask.split([mask.shape[-1] - mask.shape[-2], mask.shape[-2]], dim=-1)
             mask = torch.cat([earlier[rows, :, :length, :front], own[rows, :, :length, :length]], dim=-1)
             calls.append(replace(call, arguments={**arguments, "attention_mask": mask}))
-        kept = tuple((key[rows, :, :front], value[rows, :, :front]) for key, value in self.kept)
+        kept = tuple(
+            (key[rows.to(key.device), :, :front], value[rows.to(value.device), :, :front]) for key, value in self.kept
+        )
         hidden = self.hidden[rows, :length]
         return replace(self, hidden=hidden, offset=self.offset[rows], calls=tuple(calls), kept=kept)
 
@@ -193,7 +195,7 @@ def cut(
         seen: what `model` made of `batch`.
         comparison: remembers, for later batches on the same model, that the answers were compared.
     """
-    start = torch.zeros_like(batch.subject)
+    start = torch.zeros_like(batch.subject, device=seen.hidden.device)
     whole = _WholeModel(seen.hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
     complete = _UpperBlocks(seen.hidden, start, seen.calls)
     if not seen.calls:  # the last block is edited: nothing is above it

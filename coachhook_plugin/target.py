@@ -14,7 +14,7 @@ works element by element, so the result is that of optimising each request by it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class _Problem:
     weight: torch.Tensor  # (p,) 1 / (contexts of the request * tokens of its target)
     first_row: torch.Tensor  # (u,) the plain prompt
     kl_row: torch.Tensor  # (u,)
+
+    def on(self, device: torch.device) -> _Problem:
+        """The same beside the edited block's answers; the batch stays where the model takes it."""
+        held = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "batch"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items()})
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ def _solve(
     seen = observe(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
     tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, seen, comparison)
     head = head_of(model, parts, problem.batch, comparison)
-    subject = problem.batch.subject - tail.offset  # (b,)
+    problem = problem.on(tail.hidden.device)
+    subject = problem.batch.subject.to(tail.offset) - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)
 
@@ -209,7 +215,7 @@ def _solve(
 def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group]:
     """The rows of the running requests: by length where padding costs time, all together elsewhere."""
     wanted_rows = running[problem.owner]
-    lengths = (problem.last.to(tail.offset.device) - tail.offset + 1).masked_fill(~wanted_rows, 0)  # (b,)
+    lengths = (problem.last - tail.offset + 1).masked_fill(~wanted_rows, 0)  # (b,)
     together = tail.packs or tail.hidden.device.type != "cpu"
     alike = lengths.clamp(max=1) if together else lengths
     groups = []
@@ -223,7 +229,7 @@ def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group
             _Group(
                 tail=tail.keep(rows, lengths[rows]),
                 owner=problem.owner[rows],
-                subject=(problem.batch.subject - tail.offset)[rows],
+                subject=(problem.batch.subject.to(tail.offset) - tail.offset)[rows],
                 predict_row=place[problem.predict_row[predict]],
                 predict_at=(problem.predict_at - tail.offset[problem.predict_row])[predict],
                 wanted=problem.wanted[predict],

@@ -53,6 +53,7 @@ class Batch:
 
     def rows(self, which: torch.Tensor | slice) -> Batch:
         """Some of the rows, as wide as before."""
+        which = which.to(self.subject.device) if isinstance(which, torch.Tensor) else which
         return Batch(self.input_ids[which], self.attention_mask[which], self.subject[which])
 
     def model_inputs(self) -> dict[str, Any]:
