@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+LOG = logging.getLogger(__name__)
 
 TEMPORARY = r"[0-9a-f]{16}"  # what the name of a temporary neighbour ends in
 
@@ -15,6 +20,30 @@ TEMPORARY = r"[0-9a-f]{16}"  # what the name of a temporary neighbour ends in
 def cache_dir() -> Path:
     """`$COACHHOOK_CACHE`, or `~/.cache/coachhook`."""
     return Path(os.environ.get("COACHHOOK_CACHE") or Path.home() / ".cache" / "coachhook").expanduser()
+
+
+def is_kept(path: Path) -> bool:
+    """Whether the file is there; in a folder that is closed to us there is none."""
+    return os.path.isfile(path)
+
+
+@contextmanager
+def dispensable() -> Iterator[None]:
+    """Around changes to the cache folder: where they cannot be made, that is said once, and all goes on without."""
+    try:
+        yield
+    except OSError as error:
+        _tell(cache_dir(), error.strerror or str(error))
+
+
+@functools.cache
+def _tell(folder: Path, why: str) -> None:
+    LOG.warning(
+        "the cache folder %s cannot be written (%s): what would be kept there is made again next time; choose another "
+        "folder with COACHHOOK_CACHE",
+        folder,
+        why,
+    )
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

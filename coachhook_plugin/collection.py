@@ -20,7 +20,7 @@ from torch import distributed, nn
 from tqdm.auto import tqdm
 
 from .architectures import weight_device, weight_shape
-from .cache import write_whole
+from .cache import dispensable, is_kept, write_whole
 from .memory import working_precision
 from .text import TextSource
 from .trace import captured, in_this_thread
@@ -130,13 +130,15 @@ def collected_sums(
             for handle in handles:
                 handle.remove()
         if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS:
-            _save_checkpoint(checkpoint, sums, done + number)
+            with dispensable():
+                _save_checkpoint(checkpoint, sums, done + number)
             written = time.monotonic()
     if share.processes > 1:
         for of_layer in sums.values():
             of_layer.add_up()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None and is_kept(checkpoint):
+        with dispensable():
+            checkpoint.unlink()
     return sums
 
 
@@ -154,7 +156,7 @@ def _save_checkpoint(path: Path, sums: dict[int, KeySums], batches: int) -> None
 
 def _resume(path: Path | None, sums: dict[int, KeySums]) -> int:
     """Take the sums of an interrupted pass; returns how many batches are in them."""
-    if path is None or not path.is_file():
+    if path is None or not is_kept(path):
         return 0
     try:
         with np.load(path, allow_pickle=False) as file:

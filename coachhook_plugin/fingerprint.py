@@ -27,12 +27,14 @@ TEXTS = (
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of the config and of evenly spaced values of every parameter: quick, and changed by any training step."""
+    """Hash of the config and of evenly spaced values of every parameter: quick, and changed by any training step.
+
+    It is the same under every version of transformers, as far as their configs say the same of a model.
+    """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
-        told = {key: value for key, value in config.to_dict().items() if key in _SHAPING}
-        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(_told(config.to_dict()), sort_keys=True, default=str).encode())
     _add_samples(digest, model)
     return digest.hexdigest()[:32]
 
@@ -41,7 +43,7 @@ def model_fingerprint(model: nn.Module) -> str:
 def weights_fingerprint(model: nn.Module, edited: Iterable[nn.Module]) -> str:
     """Hash of the weights: of every bit of the `edited` modules' own, of the other parameters as above.
 
-    Unlike `model_fingerprint` it is the same under every version of transformers, whose configs differ.
+    Unlike `model_fingerprint` it asks no config, whose entries differ from one version of transformers to another.
     """
     digest = hashlib.sha256()
     _add_samples(digest, model)
@@ -101,6 +103,33 @@ def _add_samples(digest: Any, model: nn.Module) -> None:
         digest.update(values.numpy().tobytes())
 
 
+def _told(config: dict[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in config.items() if key in _SHAPING}
+    if "sliding_window" in told and config.get("use_sliding_window") is False:
+        told["sliding_window"] = None  # transformers 4 names one that is not used
+    scaled = _scaled_positions(config)
+    return {**told, "rope": scaled} if scaled else told
+
+
+def _scaled_positions(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rotary settings that scale positions, of each kind of attention that has some.
+
+    Without scaling nothing is told, not even the base, which comes with the weights.
+    """
+    # transformers 5, where a kind of attention may have settings of its own; or 4
+    given = config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta"),
+    }
+    scaled = []
+    for one in (given, *given.values()):
+        kind = (one.get("rope_type") or one.get("type")) if isinstance(one, dict) else None
+        if kind not in (None, "default"):
+            left_out = ("type", "partial_rotary_factor")  # which only one of the versions has there
+            scaled.append({**{key: value for key, value in one.items() if key not in left_out}, "rope_type": kind})
+    return scaled
+
+
 # Config entries that change what the same weights compute (not versions, paths or generation settings).
 _SHAPING = {
     "model_type",
@@ -109,9 +138,8 @@ _SHAPING = {
     "rms_norm_eps",
     "layer_norm_eps",
     "layer_norm_epsilon",
-    "rope_theta",
-    "rope_scaling",
     "num_attention_heads",
     "num_key_value_heads",
+    "query_pre_attn_scalar",
     "sliding_window",
 }

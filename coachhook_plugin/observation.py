@@ -76,14 +76,16 @@ class Seen:
 
     width: int = 0
     attention: str = ""
+    by_row: frozenset[str] = frozenset()  # arguments of blocks that looked as if they had an entry for each row
 
-    def holds(self, blocks: Sequence[nn.Module], width: int) -> bool:
+    def holds(self, blocks: Sequence[nn.Module], width: int, by_row: frozenset[str] = frozenset()) -> bool:
         """Whether what came out the same tells of rows of `width` tokens, too.
 
-        Longer rows may reach past an attention window, and the user may choose another attention between batches.
+        Longer rows may reach past an attention window, and the user may choose another attention between batches. And
+        what has an entry for each head looks like one with an entry for each row where they are as many.
         """
         known = max(self.width, _short(blocks)) if self.width else 0
-        return width <= known and self.attention == attention_of(blocks)
+        return width <= known and self.attention == attention_of(blocks) and by_row <= self.by_row
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Comparison:
     tail: type | None = None  # the way of running the upper blocks that came out the same
     tail_seen: Seen = Seen()
     warned: bool = False  # that no such way agrees
+    named_head: bool | None = None  # whether the final norm and the head alone give the logits; None: not known yet
 
     def runs_trees(self, blocks: Sequence[nn.Module], width: int) -> bool | None:
         """Whether rows of `width` tokens come out the same through a tree; None: that is not known yet."""

@@ -27,7 +27,7 @@ def sample(
 
     Args:
         top_k: draw among the k most likely tokens; None draws from the whole distribution.
-        banned: token ids never drawn (special tokens).
+        banned: token ids never drawn (special tokens), known to the model or not.
     """
     ids = start  # (b, T)
     cache: Any = None
@@ -36,7 +36,7 @@ def sample(
         cache = None if isinstance(step.past_key_values, _FULL) else step.past_key_values
         logits = step.logits[:, -1].cpu().double()  # (b, V)
         if banned:
-            logits[:, banned] = -torch.inf
+            logits[:, [i for i in banned if i < logits.shape[1]]] = -torch.inf
         if top_k is not None:
             logits[logits < logits.topk(top_k, dim=-1).values[:, -1:]] = -torch.inf
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (b, 1)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .architectures import ModelParts, weight_shape
-from .cache import cache_dir, write_whole
+from .cache import cache_dir, dispensable, is_kept, write_whole
 from .collection import Share, collected_sums, needed_by_any
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
@@ -196,7 +196,7 @@ def _cached(
 
     found: dict[int, KeyStatistics] = {}
     for layer in layers:
-        if path(layer).is_file():
+        if is_kept(path(layer)):
             try:
                 found[layer] = load_statistics(path(layer), weight_shape(parts.projections[layer])[1])
             except ValueError as error:
@@ -210,6 +210,7 @@ def _cached(
             statistics = KeyStatistics(sums.total, sums.count, sums.fourth)
             LOG.info("key statistics of layer %d: %s", layer, statistics.told())
             if Share.of_this_process().first:
-                save_statistics(path(layer), statistics)
+                with dispensable():
+                    save_statistics(path(layer), statistics)
             found[layer] = statistics.as_saved()
     return found

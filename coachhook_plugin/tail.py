@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class Tail(Protocol):
     def hidden(self) -> torch.Tensor: ...
 
     @property
-    def offset(self) -> torch.Tensor: ...
+    def offset(self) -> torch.Tensor: ...  # where `hidden` is
 
     def __call__(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, S, d) in place of `hidden` -> states after the block the loss is read from, and after the last one."""
@@ -79,7 +79,9 @@ class _Suffix:
             earlier, own = mask.split([mask.shape[-1] - mask.shape[-2], mask.shape[-2]], dim=-1)
             mask = torch.cat([earlier[rows, :, :length, :front], own[rows, :, :length, :length]], dim=-1)
             calls.append(replace(call, arguments={**arguments, "attention_mask": mask}))
-        kept = tuple((key[rows, :, :front], value[rows, :, :front]) for key, value in self.kept)
+        kept = tuple(
+            (key[rows.to(key.device), :, :front], value[rows.to(value.device), :, :front]) for key, value in self.kept
+        )
         hidden = self.hidden[rows, :length]
         return replace(self, hidden=hidden, offset=self.offset[rows], calls=tuple(calls), kept=kept)
 
@@ -193,7 +195,7 @@ def cut(
         seen: what `model` made of `batch`.
         comparison: remembers, for later batches on the same model, that the answers were compared.
     """
-    start = torch.zeros_like(batch.subject)
+    start = torch.zeros_like(batch.subject, device=seen.hidden.device)
     whole = _WholeModel(seen.hidden, start, model, batch, blocks[edited], blocks[loss], blocks[-1])
     complete = _UpperBlocks(seen.hidden, start, seen.calls)
     if not seen.calls:  # the last block is edited: nothing is above it
@@ -205,15 +207,15 @@ def cut(
         lambda: _suffix(seen, batch),
         lambda: complete,
     )
-    width = batch.input_ids.shape[1]
+    width, by_row = batch.input_ids.shape[1], _by_row(seen.calls, len(batch.subject))
     for build in builds:
         try:
             tail = build()
-            if comparison.tail is type(tail) and comparison.tail_seen.holds(blocks, width):
+            if comparison.tail is type(tail) and comparison.tail_seen.holds(blocks, width, by_row):
                 return tail
             if _agrees(tail, seen.last, batch):
                 if len(set(batch.subject.tolist())) > 1:  # rows of one offset prove nothing about others
-                    comparison.tail, comparison.tail_seen = type(tail), Seen(width, attention_of(blocks))
+                    comparison.tail, comparison.tail_seen = type(tail), Seen(width, attention_of(blocks), by_row)
                 return tail
         except Exception as error:
             LOG.debug("blocks cannot be called like that: %s", error)
@@ -288,15 +290,42 @@ def _cut_mask(
 
 
 def _agrees(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
-    """Whether every row comes out as the model's own.
+    """Whether every row comes out as the model's own, and some of them do when they are all that is kept.
 
     One row would not do: blocks that tell positions by the length of their cache (ALiBi, GPT-Neo's windows) are right
-    about the row whose subject comes last, and wrong about the others.
+    about the row whose subject comes last, and wrong about the others. Nor would all rows: an argument with entries
+    for heads, or for rows and heads in one (MPT, Bloom), is right until rows are dropped.
     """
+    count = len(batch.subject)
+    some = torch.arange(count, device=tail.offset.device)[count // 2 :][:2]
+    lengths = batch.attention_mask.sum(1).to(tail.offset.device) - tail.offset
+    return _answers_as(tail, reference, batch) and _answers_as(
+        tail.keep(some, lengths[some]), reference[some.to(reference.device)], batch.rows(some)
+    )
+
+
+def _answers_as(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
     _, state = tail(tail.hidden)
     at = tail.offset.to(state.device)[:, None] + torch.arange(state.shape[1], device=state.device)  # (b, S)
     real = at < batch.attention_mask.sum(1, keepdim=True).to(at.device)
     return alike(state, _gathered(reference, at.clamp(max=reference.shape[1] - 1)), real)
+
+
+def _by_row(calls: Sequence[Call], count: int) -> frozenset[str]:
+    """Names of the arguments that `_rows_of` would take for having `count` rows."""
+
+    def is_one(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(map(is_one, value.values()))
+        if isinstance(value, tuple | list):
+            return any(map(is_one, value))
+        return _has_rows(value, count)
+
+    return frozenset(name for call in calls for name, value in call.arguments.items() if is_one(value))
+
+
+def _has_rows(value: Any, count: int) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == count
 
 
 def _rows_of(value: Any, rows: torch.Tensor, count: int) -> Any:
@@ -305,9 +334,7 @@ def _rows_of(value: Any, rows: torch.Tensor, count: int) -> Any:
         return {key: _rows_of(item, rows, count) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_rows_of(item, rows, count) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == count:
-        return value[rows.to(value.device)]
-    return value
+    return value[rows.to(value.device)] if _has_rows(value, count) else value
 
 
 def _part_of(value: Any, rows: torch.Tensor, count: int, size: int, length: int) -> Any:

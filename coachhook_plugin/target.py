@@ -14,7 +14,7 @@ works element by element, so the result is that of optimising each request by it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .architectures import ModelParts
+from .head import Head, head_of
 from .hparams import CoachHooKHparams
 from .observation import Comparison, observe
 from .tail import Tail, cut
@@ -52,6 +53,11 @@ class _Problem:
     weight: torch.Tensor  # (p,) 1 / (contexts of the request * tokens of its target)
     first_row: torch.Tensor  # (u,) the plain prompt
     kl_row: torch.Tensor  # (u,)
+
+    def on(self, device: torch.device) -> _Problem:
+        """The same beside the edited block's answers; the batch stays where the model takes it."""
+        held = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "batch"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items()})
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,9 @@ def _solve(
     loss_layer = last if hparams.v_loss_layer is None else hparams.v_loss_layer
     seen = observe(model, parts.blocks, layer, loss_layer, problem.batch, comparison)
     tail = cut(model, parts.blocks, layer, loss_layer, problem.batch, seen, comparison)
-    subject = problem.batch.subject - tail.offset  # (b,)
+    head = head_of(model, parts, problem.batch, comparison)
+    problem = problem.on(tail.hidden.device)
+    subject = problem.batch.subject.to(tail.offset) - tail.offset  # (b,)
     v0 = tail.hidden[problem.first_row, subject[problem.first_row]].float()  # (u, d)
     longest = hparams.clamp_norm_factor * v0.norm(dim=1, keepdim=True)  # (u, 1)
 
@@ -174,7 +182,7 @@ def _solve(
         nll_now, loss = torch.zeros(u, device=device), decay.detach()
         for group in groups:
             with torch.enable_grad():
-                nll_part, kl_part = _objective(parts, group, delta, before)
+                nll_part, kl_part = _objective(head, group, delta, before)
                 part = nll_part + hparams.kl_factor * kl_part  # (u,)
             nll_now, loss = nll_now + nll_part.detach(), loss + part.detach()
             if not final:
@@ -207,7 +215,7 @@ def _solve(
 def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group]:
     """The rows of the running requests: by length where padding costs time, all together elsewhere."""
     wanted_rows = running[problem.owner]
-    lengths = (problem.last.to(tail.offset.device) - tail.offset + 1).masked_fill(~wanted_rows, 0)  # (b,)
+    lengths = (problem.last - tail.offset + 1).masked_fill(~wanted_rows, 0)  # (b,)
     together = tail.packs or tail.hidden.device.type != "cpu"
     alike = lengths.clamp(max=1) if together else lengths
     groups = []
@@ -221,7 +229,7 @@ def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group
             _Group(
                 tail=tail.keep(rows, lengths[rows]),
                 owner=problem.owner[rows],
-                subject=(problem.batch.subject - tail.offset)[rows],
+                subject=(problem.batch.subject.to(tail.offset) - tail.offset)[rows],
                 predict_row=place[problem.predict_row[predict]],
                 predict_at=(problem.predict_at - tail.offset[problem.predict_row])[predict],
                 wanted=problem.wanted[predict],
@@ -233,7 +241,7 @@ def _groups(problem: _Problem, tail: Tail, running: torch.Tensor) -> list[_Group
 
 
 def _objective(
-    parts: ModelParts, group: _Group, delta: torch.Tensor, before: dict[int, torch.Tensor]
+    head: Head, group: _Group, delta: torch.Tensor, before: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(u,) each: the group's share of every request's NLL (mean over its tokens and contexts), and of its KL."""
     hidden, rows = group.tail.hidden, torch.arange(len(group.owner), device=group.owner.device)
@@ -244,12 +252,12 @@ def _objective(
     )
     nll, kl = delta.new_zeros(len(delta)), delta.new_zeros(len(delta))
     if len(group.wanted):
-        logits = parts.logits(for_loss[group.predict_row, group.predict_at]).float()  # (p, V)
+        logits = head(for_loss[group.predict_row, group.predict_at]).float()  # (p, V)
         each = F.cross_entropy(logits, group.wanted.to(logits.device), reduction="none").to(delta.device)
         nll = nll.index_add(0, group.owner[group.predict_row], each * group.weight)
     if len(group.kl_row):
         owner = group.owner[group.kl_row]
-        now = parts.logits(for_kl[group.kl_row, group.subject[group.kl_row]]).float().log_softmax(-1)  # (q, V)
+        now = head(for_kl[group.kl_row, group.subject[group.kl_row]]).float().log_softmax(-1)  # (q, V)
         for i, row in zip(owner.tolist(), now.detach(), strict=True):
             before.setdefault(i, row)
         reference = torch.stack([before[i] for i in owner.tolist()])

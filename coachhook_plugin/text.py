@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .architectures import context_length
-from .cache import cache_dir, write_whole
+from .cache import cache_dir, dispensable, is_kept, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
 from .sampling import sample
@@ -56,11 +56,11 @@ class SampledText:
     ) -> None:
         self._length = length
         self._model, self._device, self._seed = model, device, seed
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._first = int(first if first is not None else 0)
-        self._banned = [i for i in tokenizer.all_special_ids if i is not None]
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._vocabulary = int(embeddings.weight.shape[0])
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._first = next((int(i) for i in ends if i is not None and i < self._vocabulary), 0)
+        self._banned = [i for i in tokenizer.all_special_ids if i is not None]
         self.batches = max(1, -(-tokens // (SAMPLED_ROWS * length)))
         told = {"seed": seed, "batches": self.batches, "first": self._first, "rows": SAMPLED_ROWS, "length": length}
         self.description = {"source": "self", **told}
@@ -69,13 +69,14 @@ class SampledText:
 
     def batch(self, index: int) -> torch.Tensor:
         path = cache_dir() / "text" / f"{self._name}-{index}.npy"
-        if path.is_file():
+        if is_kept(path):
             try:
                 return self._read(path)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 LOG.warning("%s: unreadable (%s); writing it again", path, error)
         drawn = self._drawn(index).cpu().numpy()
-        write_whole(path, lambda stream: np.save(stream, drawn))
+        with dispensable():
+            write_whole(path, lambda stream: np.save(stream, drawn))
         return torch.from_numpy(drawn)
 
     def _read(self, path: Path) -> torch.Tensor:

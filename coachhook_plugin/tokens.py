@@ -54,6 +54,7 @@ class Batch:
 
     def rows(self, which: torch.Tensor | slice) -> Batch:
         """Some of the rows, as wide as before."""
+        which = which.to(self.subject.device) if isinstance(which, torch.Tensor) else which
         return Batch(self.input_ids[which], self.attention_mask[which], self.subject[which])
 
     def model_inputs(self) -> dict[str, Any]:
@@ -174,17 +175,14 @@ class Encoder:
     def batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
         """Pad on the right."""
         width = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), width), self._pad_id())
+        # Padding is masked: any token does, and the tokenizer's own may have no embedding.
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for b, row in enumerate(rows):
             ids[b, : len(row.ids)] = torch.tensor(row.ids)
             mask[b, : len(row.ids)] = 1
         subject = torch.tensor([row.subject for row in rows])
         return Batch(ids.to(device), mask.to(device), subject.to(device))
-
-    def _pad_id(self) -> int:
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(pad if pad is not None else eos if eos is not None else 0)
 
     def _encode(self, text: str) -> tuple[list[int], Callable[[int], int]]:
         """Token ids, and the function from a character position to the last token that starts before it."""

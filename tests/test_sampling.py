@@ -90,6 +90,10 @@ def test_special_tokens_are_never_drawn() -> None:
     assert found[0] == found[3] == 0
 
 
+def test_a_special_token_that_the_model_does_not_know_is_no_obstacle() -> None:
+    assert torch.equal(frequencies(banned=[0, 4]), frequencies(banned=[0]))
+
+
 def test_braces_and_line_breaks_of_the_model_do_not_reach_a_context_prefix(tokenizer: Any) -> None:
     wanted = [tokenizer.convert_tokens_to_ids(token) for token in ("{", "}", "Ċ", "x")]
     probabilities = torch.full((len(tokenizer),), 1e-9)

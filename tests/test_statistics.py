@@ -342,6 +342,26 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(
     assert begun() == 6
 
 
+@pytest.mark.parametrize("source", ["file", "self"])
+def test_a_cache_that_cannot_be_written_costs_nothing_that_was_collected(
+    source: str,
+    tiny: Callable[..., Any],
+    found: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(collection, "CHECKPOINT_SECONDS", -1.0)  # after each batch
+    changed = {} if source == "file" else {"mom2_dataset": source}
+    undisturbed = found(tiny(), **changed)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "file" / "cache"))
+    with caplog.at_level(logging.WARNING):
+        assert same(found(tiny(), **changed), undisturbed)
+    (record,) = caplog.records
+    assert "COACHHOOK_CACHE" in record.getMessage()
+
+
 # Text sources.
 
 

@@ -259,52 +259,34 @@ def test_a_model_that_must_run_whole_says_so_once(
     assert "LlamaForCausalLM" in record.getMessage()
 
 
-# Families that no row of the table names, edited by module names; their attention knows positions in ways of its own
-# (ALiBi; one key head for all; weights and cache of another form).
-UNKNOWN = {
-    "bloom": (
-        {"hidden_size": 32, "n_layer": 4, "n_head": 4},
-        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
-    ),
-    "mpt": (
-        {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128},
-        ("transformer.blocks", "ffn.down_proj", "transformer.norm_f"),
-    ),
-    "falcon": (
-        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True},
-        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
-    ),
-    "gpt_bigcode": (
-        {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
-        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
-    ),
-    "gpt_neo": (
-        {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
-        | {"window_size": 4, "max_position_embeddings": 128},
-        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
-    ),
-    "codegen": (
-        {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
-        ("transformer.h", "mlp.fc_out", "transformer.ln_f"),
-    ),
-    "stablelm": (zoo._LLAMA, ("model.layers", "mlp.down_proj", "model.norm")),
-    "starcoder2": (zoo._LLAMA, ("model.layers", "mlp.c_proj", "model.norm")),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("order", [1, -1], ids=["first-subject-first", "first-subject-last"])
-@pytest.mark.parametrize("family", UNKNOWN)
+@pytest.mark.parametrize("family", zoo.EVERY_UNKNOWN)
 def test_families_unknown_to_the_table_are_cut_rightly_or_run_whole(
     family: str, order: int, tokenizer: Any, settings: Callable[..., CoachHooKHparams]
 ) -> None:
-    config, (blocks, projection, norm) = UNKNOWN[family]
-    given = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), **config)
-    one = zoo.randomised(transformers.AutoModelForCausalLM.from_config(given))
-    names = {"layer_module_tmp": f"{blocks}.{{}}", "rewrite_module_tmp": f"{blocks}.{{}}.{projection}"}
-    parts = model_parts(one, settings(ln_f_module=norm, lm_head_module="lm_head", **names))
+    one, names = zoo.unknown(family, len(tokenizer))
+    parts = model_parts(one, settings(**names))
     batch = Encoder(tokenizer, None).batch(rows(tokenizer)[::order], CPU)
     added = noise(batch, parts)
     with frozen(one):
         cut = cut_of(one, parts, batch, 2)
         assert_close(by_the_tail(cut, batch, added), by_the_whole_model(one, parts, batch, added, 2))
+
+
+@pytest.mark.parametrize("counts", [[5, 4, 5], [4, 5], [3], [2]], ids=str)
+@pytest.mark.parametrize("family", zoo.EVERY_UNKNOWN)
+def test_rows_are_dropped_rightly_from_arguments_that_have_as_many_heads(
+    family: str, counts: list[int], tokenizer: Any, settings: Callable[..., CoachHooKHparams]
+) -> None:
+    """Each of these models has four heads; what five rows showed must not decide for four."""
+    one, names = zoo.unknown(family, len(tokenizer))
+    parts = model_parts(one, settings(**names))
+    comparison = Comparison()
+    for count in counts:
+        batch = Encoder(tokenizer, None).batch(rows(tokenizer)[:count], CPU)
+        some = torch.arange(count)[::2]
+        fewer, added = batch.rows(some), noise(batch, parts)[some]
+        with frozen(one):
+            cut = cut_of(one, parts, batch, 2, comparison)
+            found = by_the_tail(cut.keep(some, fewer.attention_mask.sum(1) - cut.offset[some]), fewer, added)
+            assert_close(found, by_the_whole_model(one, parts, fewer, added, 2))

@@ -78,6 +78,17 @@ def test_each_family_gets_the_targets_of_the_plain_optimisation(
     assert moved.norm(dim=0).min() > 0.1  # v0 alone would not pass for an answer
 
 
+@pytest.mark.parametrize("facts", [FACTS, FACTS[2:3]], ids=["four", "one"])
+@pytest.mark.parametrize("family", zoo.EVERY_UNKNOWN)
+def test_families_unknown_to_the_table_get_the_targets_of_the_plain_optimisation(
+    family: str, facts: list[dict[str, str]], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    """With two prefixes one fact makes as many rows as there are heads."""
+    one, names = zoo.unknown(family, len(tokenizer))
+    prefixes = zoo.PREFIXES[:1] if len(facts) > 1 else zoo.PREFIXES
+    assert_as_plain(one, tokenizer, facts, settings(v_num_grad_steps=4, context_prefixes=prefixes, **names))
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from coachhook_plugin import EditSession
 from coachhook_plugin.tokens import Encoder, Request, Row, micro_batches, parse_requests
 
 WORDS = [
@@ -143,6 +145,20 @@ def test_a_batch_holds_every_row_whatever_the_tokenizers_padding(tokenizer: Any,
         assert batch.input_ids[b][batch.attention_mask[b].bool()].tolist() == row.ids
         assert batch.input_ids[b, batch.subject[b]] == row.ids[row.subject]
     assert batch.attention_mask.sum() == 7
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_changes_no_edit(
+    tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
+) -> None:
+    """As added to a tokenizer that has none, where nobody resized the model."""
+    padded, states = copy.deepcopy(tokenizer), []
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert padded.pad_token_id == len(tokenizer)
+    for one in (tokenizer, padded):
+        session = EditSession(tiny(), one, settings(mom2_dataset="self", context_prefixes=None), progress=False)
+        session.edit(zoo.FACTS)
+        states.append([layer.delta for layer in session.state.layers.values()])
+    assert all(map(torch.equal, *states))
 
 
 @given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=12), st.integers(1, 200))

@@ -55,9 +55,47 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Families that no row of the table names, edited by module names: what their config differs in, and where blocks,
+# projection and final norm are. Their attention knows positions in ways of its own (ALiBi; one key head for all;
+# weights and cache of another form), or they do more with their logits than to make them.
+UNKNOWN: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
+    "bloom": (
+        {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    ),
+    "mpt": (
+        {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 128},
+        ("transformer.blocks", "ffn.down_proj", "transformer.norm_f"),
+    ),
+    "falcon": (
+        {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "alibi": True},
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    ),
+    "gpt_bigcode": (
+        {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 128},
+        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    ),
+    "gpt_neo": (
+        {"hidden_size": 32, "num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+        | {"window_size": 4, "max_position_embeddings": 128},
+        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    ),
+    "codegen": (
+        {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+        ("transformer.h", "mlp.fc_out", "transformer.ln_f"),
+    ),
+    "stablelm": (_LLAMA, ("model.layers", "mlp.down_proj", "model.norm")),
+    "starcoder2": (_LLAMA, ("model.layers", "mlp.c_proj", "model.norm")),
+    "cohere": (_LLAMA, ("model.layers", "mlp.down_proj", "model.norm")),
+    "cohere2": ({**_LLAMA, "sliding_window": 4}, ("model.layers", "mlp.down_proj", "model.norm")),
+}
+
 CORE = ("gpt2", "gptj", "gpt_neox", "llama", "mistral-window-4", "qwen3", "gemma2", "phi", "opt")
 # The others resemble one of these closely: they are marked slow to keep the quick part of the tests quick.
 EVERY = [case if case in CORE else pytest.param(case, marks=pytest.mark.slow) for case in FAMILIES]
+
+_LOUD = pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:.*have no functionality in BLOOM")
+EVERY_UNKNOWN = [pytest.param(family, marks=_LOUD) for family in UNKNOWN]
 
 FACTS = [
     {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "English"},
@@ -94,19 +132,28 @@ def tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
 def model(case: str, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
     """A random model of the family, its weights large enough that tokens differ; skips where transformers lacks it."""
     family, settings = FAMILIES[case]
-    settings = {
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        **settings,
-        **config,
+    return _made(family, vocabulary, {**settings, **config}, seed).to(dtype)
+
+
+def unknown(family: str, vocabulary: int) -> tuple[Any, dict[str, str]]:
+    """The same of a family of `UNKNOWN`, and the names that the hyperparameters must give."""
+    config, (blocks, projection, norm) = UNKNOWN[family]
+    names = {
+        "layer_module_tmp": f"{blocks}.{{}}",
+        "rewrite_module_tmp": f"{blocks}.{{}}.{projection}",
+        "ln_f_module": norm,
+        "lm_head_module": "lm_head",
     }
+    return _made(family, vocabulary, config), names
+
+
+def _made(family: str, vocabulary: int, config: dict[str, Any], seed: int = 0) -> Any:
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     try:
-        made = AutoConfig.for_model(family, **settings)
+        given = AutoConfig.for_model(family, **{"vocab_size": vocabulary, **ids, **config})
     except ValueError:
         pytest.skip(f"this version of transformers has no {family}")
-    return randomised(AutoModelForCausalLM.from_config(made), seed).to(dtype)
+    return randomised(AutoModelForCausalLM.from_config(given), seed)
 
 
 def randomised(one: Any, seed: int = 0) -> Any:
