@@ -107,27 +107,28 @@ def _told(config: dict[str, Any]) -> dict[str, Any]:
     told = {key: value for key, value in config.items() if key in _SHAPING}
     if "sliding_window" in told and config.get("use_sliding_window") is False:
         told["sliding_window"] = None  # transformers 4 names one that is not used
-    scaled = _scaled_positions(config)
-    return {**told, "rope": scaled} if scaled else told
+    return {**told, "rotary": _rotary(config)}
 
 
-def _scaled_positions(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rotary settings that scale positions, of each kind of attention that has some.
-
-    Without scaling nothing is told, not even the base, which comes with the weights.
-    """
-    # transformers 5, where a kind of attention may have settings of its own; or 4
-    given = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta"),
-    }
-    scaled = []
-    for one in (given, *given.values()):
-        kind = (one.get("rope_type") or one.get("type")) if isinstance(one, dict) else None
-        if kind not in (None, "default"):
-            left_out = ("type", "partial_rotary_factor")  # which only one of the versions has there
-            scaled.append({**{key: value for key, value in one.items() if key not in left_out}, "rope_type": kind})
-    return scaled
+def _rotary(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Base and scaling of the rotary positions, of each kind of attention that has its own."""
+    given = config.get("rope_parameters")  # transformers 5
+    if given is None:
+        given = {
+            "full": {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")},
+            "sliding": {"rope_theta": config.get("rope_local_base_freq")},
+        }
+    kinds = [kind for kind in given.values() if isinstance(kind, dict)] or [given]
+    left_out = ("type", "partial_rotary_factor")  # which only one of the versions has there
+    told = [
+        {
+            **{key: value for key, value in kind.items() if key not in left_out},
+            "rope_type": kind.get("rope_type") or kind.get("type") or "default",
+        }
+        for kind in kinds
+        if kind.get("rope_theta") is not None
+    ]
+    return sorted(told, key=lambda kind: json.dumps(kind, sort_keys=True, default=str))
 
 
 # Config entries that change what the same weights compute (not versions, paths or generation settings).
