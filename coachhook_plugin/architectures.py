@@ -6,7 +6,7 @@ A family this table lacks can still be edited by giving the module names in the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -169,6 +169,12 @@ def key_size(parts: ModelParts) -> int:
 def is_transposed(projection: nn.Module) -> bool:
     """GPT-2's Conv1D stores its weight as (m, d)."""
     return isinstance(projection, Conv1D)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Tokens that the model has an embedding of; some of a tokenizer's may lie beyond."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from .architectures import context_length
+from .architectures import context_length, vocabulary_size
 from .hook import HookLayer
 from .packing import attention_of, configs_of
 from .scope import FollowingGate, Gate
@@ -182,7 +182,7 @@ def _runs_trees(
         return known
     attention, short = attention_of(blocks), _short(blocks)
     tried = max(width, min(short, context_length(model) or short))  # short rows are all alike
-    rows = _made_up(tried, _vocabulary(model), batch.input_ids.device)
+    rows = _made_up(tried, vocabulary_size(model), batch.input_ids.device)
     try:
         with comparison.unedited():
             found, expected = _through_a_tree(model, look, rows).last, look(rows.model_inputs()).last
@@ -195,11 +195,6 @@ def _runs_trees(
     else:
         comparison.no_trees = Seen(width if width > short else 0, attention)
     return agrees
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embedding = cast(Any, model).get_input_embeddings()
-    return int(embedding.weight.shape[0])
 
 
 def _made_up(width: int, vocabulary: int, device: torch.device) -> Batch:

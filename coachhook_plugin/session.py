@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from . import folders, probe
-from .architectures import context_length, model_parts, weight_device
+from .architectures import context_length, model_parts, vocabulary_size, weight_device
 from .attachment import Attachment
 from .batch_writing import BatchWriter
 from .beginning import beginning
@@ -88,7 +88,7 @@ class EditSession:
         self.progress = progress
         self._parts = model_parts(model, hparams)
         self._layers = hparams.edited_layers
-        self._encoder = Encoder(tokenizer, context_length(model))
+        self._encoder = Encoder(tokenizer, context_length(model), vocabulary_size(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._vocabulary: Vocabulary | None = None  # of the tokenizer of edits that were loaded
         self._origin = secrets.token_hex(8)  # copies of a session have it too: its states are as good there
@@ -205,6 +205,7 @@ class EditSession:
         """The batch as `edit` reads it, or the error that `edit` would raise; nothing is written."""
         self._check_editable()
         parsed = parse_requests(requests, first)
+        self._encoder.check_vocabulary(parsed, first)
         self._encoder.check_lengths(parsed, self.prefixes, first)
         return parsed
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .architectures import context_length
+from .architectures import context_length, vocabulary_size
 from .cache import cache_dir, dispensable, is_kept, write_whole
 from .fingerprint import model_fingerprint
 from .hparams import CoachHooKHparams
@@ -56,8 +56,7 @@ class SampledText:
     ) -> None:
         self._length = length
         self._model, self._device, self._seed = model, device, seed
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self._vocabulary = int(embeddings.weight.shape[0])
+        self._vocabulary = vocabulary_size(model)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._first = next((int(i) for i in ends if i is not None and i < self._vocabulary), 0)
         self._banned = [i for i in tokenizer.all_special_ids if i is not None]
@@ -94,16 +93,19 @@ class SampledText:
 
 
 class PackedText:
-    """Documents, one after another, cut into rows of equal length."""
+    """Documents, one after another, cut into rows of equal length; without tokens that the model does not know."""
 
-    def __init__(self, documents: Iterable[str], name: str, tokenizer: Any, tokens: int, length: int = LENGTH) -> None:
+    def __init__(
+        self, documents: Iterable[str], name: str, tokenizer: Any, vocabulary: int, tokens: int, length: int
+    ) -> None:
         ids: list[int] = []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for document in documents:
             if len(ids) >= tokens:
                 break
             if document.strip():
-                ids += tokenizer(document, verbose=False)["input_ids"] + end
+                read = tokenizer(document, verbose=False)["input_ids"] + end
+                ids += [token for token in read if token < vocabulary]
         ids = ids[: max(tokens, 1)]
         if not ids:
             raise ValueError(f"mom2_dataset {name!r} holds no text")
@@ -123,6 +125,7 @@ def text_source(
     """The text that `mom2_dataset` names, enough for `mom2_key_multiple` keys for each of their `key_size` entries."""
     tokens = int(hparams.mom2_key_multiple * key_size)
     length = min(LENGTH, context_length(model) or LENGTH)
+    vocabulary = vocabulary_size(model)
     name = hparams.mom2_dataset
     if name != "self":
         path = Path(name).expanduser()
@@ -131,14 +134,15 @@ def text_source(
                 paragraphs = path.read_text(encoding="utf-8").split("\n\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"mom2_dataset: {path} is not UTF-8 text ({error}); save it as UTF-8") from None
-            return PackedText(paragraphs, name, tokenizer, tokens, length)
+            return PackedText(paragraphs, name, tokenizer, vocabulary, tokens, length)
         if path.suffix == ".txt" or path.is_absolute() or name.startswith((".", "~")):
             raise ValueError(
                 f"mom2_dataset: there is no text file {name!r}; correct the path, or write mom2_dataset: self for "
                 "text sampled from the model"
             )
         try:
-            return PackedText(_hub_documents(name, hparams.mom2_n_samples), name, tokenizer, tokens, length)
+            documents = _hub_documents(name, hparams.mom2_n_samples)
+            return PackedText(documents, name, tokenizer, vocabulary, tokens, length)
         except Exception as error:  # no package, no network, no such data set: all end in the same remedy
             LOG.warning(
                 "mom2_dataset %r cannot be read (%s: %s); text sampled from the model takes its place. Give a text "

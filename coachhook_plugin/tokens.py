@@ -132,9 +132,23 @@ def occurrences(text: str, subject: str) -> int:
 class Encoder:
     """Tokenises requests for one model."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int | None) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int | None, vocabulary: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens  # the model's context length
+        self.vocabulary = vocabulary  # tokens that the model has an embedding of
+
+    def check_vocabulary(self, requests: Sequence[Request], first: Places = 0) -> None:
+        """Raise a ValueError for the first request with a token that the model does not know."""
+        for i, request in enumerate(requests):
+            ids, _ = self._encode(f"{request.prompt} {request.target_new}")
+            unknown = [token for token in ids if self.vocabulary is not None and token >= self.vocabulary]
+            if unknown:
+                told = self.tokenizer.convert_ids_to_tokens(unknown[0])
+                raise ValueError(
+                    f"request {place(first, i)}, prompt and target_new: hold the token {told!r} with the id "
+                    f"{unknown[0]}, and the model has {self.vocabulary} embeddings; give the model's own tokenizer, "
+                    "or resize the embeddings"
+                )
 
     def check_lengths(self, requests: Sequence[Request], prefixes: Sequence[str], first: Places = 0) -> None:
         """Raise a ValueError for the first request that does not fit the model's context with its prefixes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_a_request_that_cannot_be_edited_is_named_and_changes_nothing(
         assert photograph(session.model) == before, case
         assert photograph_session(session) == before_session, case
     session.edit(facts)  # and the session goes on
+
+
+def test_a_token_that_the_model_does_not_know_is_told_with_the_remedy(
+    tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any, facts: list[dict[str, str]]
+) -> None:
+    """As of another model's tokenizer; the context prefixes, which it could not give either, are not begun."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["Zaragoza"])
+    session = EditSession(tiny(), larger, settings(context_prefixes=None), progress=False)
+    with pytest.raises(ValueError, match=r"request 1, .*'Zaragoza'.* embeddings; give the model's own tokenizer"):
+        session.edit([facts[0], {**GOOD, "target_new": "Zaragoza"}])
+    assert len(session) == 0
 
 
 @pytest.mark.parametrize("field", ["prompt", "subject", "target_new"])

@@ -186,16 +186,24 @@ def test_a_write_that_is_cut_off_leaves_no_file_behind(
 
 
 def test_a_text_shorter_than_a_row_is_used_whole(tokenizer: Any) -> None:
-    source = PackedText(["The mother tongue"], "short.txt", tokenizer, 1000, 128)
+    source = PackedText(["The mother tongue"], "short.txt", tokenizer, len(tokenizer), 1000, 128)
     ids = [*tokenizer("The mother tongue")["input_ids"], tokenizer.eos_token_id]
     assert source.batches == 1
     assert source.batch(0).tolist() == [ids]
 
 
+def test_tokens_that_the_model_does_not_know_are_left_out_of_the_text(tokenizer: Any) -> None:
+    """As an end-of-text token that was added to the tokenizer alone."""
+    known = tokenizer("The mother tongue")["input_ids"]
+    assert tokenizer.eos_token_id < max(known)
+    source = PackedText(["The mother tongue"], "short.txt", tokenizer, max(known), 1000, 128)
+    assert source.batch(0).tolist() == [[token for token in [*known, tokenizer.eos_token_id] if token != max(known)]]
+
+
 def test_documents_are_packed_into_rows_of_one_length_that_are_cut_into_batches(tokenizer: Any) -> None:
     documents = [fact["prompt"] for fact in zoo.FACTS] * 40
     ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    source = PackedText(documents, "facts.txt", tokenizer, 600, 16)
+    source = PackedText(documents, "facts.txt", tokenizer, len(tokenizer), 600, 16)
     assert source.batches == -(-(600 // 16) // ROWS) == 3
     found = torch.cat([source.batch(i) for i in range(3)])
     assert found.flatten().tolist() == ids[: 600 // 16 * 16]  # the last, unfinished row is left out

@@ -180,10 +180,10 @@ def apply_coachhook_to_model(
         current.begun = (session, before)
     session.edit(parsed, first)
     if current is not None and current.keep:
-        current.save_path = hparams.save_path
-    elif hparams.save_path:
+        current.save_path = session.hparams.save_path
+    elif session.hparams.save_path:
         try:
-            session.save(hparams.save_path)
+            session.save(session.hparams.save_path)
         except BaseException:
             session.restore(before)
             raise
