@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,12 @@ def weights_fingerprint(model: nn.Module, edited: Iterable[nn.Module]) -> str:
         assert isinstance(weight, torch.Tensor)
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def state_origin(model: nn.Module, hparams: Mapping[str, Any]) -> str:
+    """Hash of what a session's state depends on beside its edits: sessions that share it may share their states."""
+    told = json.dumps([model_fingerprint(model), hparams], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ Usage::
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,8 +31,8 @@ from .architectures import context_length, model_parts, vocabulary_size, weight_
 from .attachment import Attachment
 from .batch_writing import BatchWriter
 from .beginning import beginning
-from .fingerprint import Vocabulary
-from .hparams import CoachHooKHparams
+from .fingerprint import Vocabulary, state_origin
+from .hparams import FREE, PLACES, CoachHooKHparams, shared
 from .ledger import Ledger, lines_of_batch, to_forget
 from .observation import Comparison
 from .placement import Place
@@ -91,7 +90,7 @@ class EditSession:
         self._encoder = Encoder(tokenizer, context_length(model), vocabulary_size(model))
         self._prefixes: list[str] | None = hparams.context_prefixes
         self._vocabulary: Vocabulary | None = None  # of the tokenizer of edits that were loaded
-        self._origin = secrets.token_hex(8)  # copies of a session have it too: its states are as good there
+        self._origin = state_origin(model, shared(hparams.to_dict(), FREE | PLACES))
         self._state: SessionState | None = None  # None until the key statistics are there
         self._scope: Scope | None = None
         looks_ahead = hparams.use_hooks and hparams.scope == "zscore"
@@ -358,7 +357,9 @@ class EditSession:
     def _check_own(self, state: SessionState) -> None:
         self._check_living()
         if state.origin != self._origin:
-            raise ValueError(f"state: is that of another session; give a `state` of {self!r} itself")
+            raise ValueError(
+                f"state: is that of other weights or other hyperparameters; give a `state` of {self!r} itself"
+            )
 
     def _check_shown(self) -> None:
         state = self._state

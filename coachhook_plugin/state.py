@@ -190,7 +190,7 @@ class SessionState:
     ledger: Ledger = ()
     step: int = 0  # batches, and calls of `forget`, so far
     history: History | None = None  # None where edits were loaded without it
-    origin: str = ""  # tells the states of a session and of its copies from those of others
+    origin: str = ""  # of its session, see `fingerprint.state_origin`
 
     @property
     def edits(self) -> int:

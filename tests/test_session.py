@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -829,15 +830,21 @@ def test_a_subject_that_cannot_open_the_scope_is_told_to_the_user(
     assert "put a word before it" in caplog.text
 
 
-def test_the_state_of_another_session_is_refused_and_nothing_changes(start: Start, facts: Facts) -> None:
+def test_the_state_of_other_weights_or_settings_is_refused_and_nothing_changes(
+    start: Start, facts: Facts, tiny: Callable[..., Any], tokenizer: Any, settings: Callable[..., Any]
+) -> None:
     session = start()
     session.edit(facts)
-    for changed in ({"layers": [0, 3]}, {"seed": 1}):  # of other shapes, and of the same
-        other = start(**changed)
+    trained = tiny()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.01)
+    others = [start(layers=[0, 3]), start(seed=1), EditSession(trained, tokenizer, settings(), progress=False)]
+    for other in others:  # of other shapes, and of the same
         other.edit(facts)
         before, before_session = photograph(session.model), photograph_session(session)
         for act in (session.restore, session.show):
-            with pytest.raises(ValueError, match="state: is that of another session"):
+            with pytest.raises(ValueError, match="state: is that of other weights or other hyperparameters"):
                 act(other.state)
         assert photograph(session.model) == before
         assert photograph_session(session) == before_session
@@ -850,6 +857,18 @@ def test_the_state_of_another_session_is_refused_and_nothing_changes(start: Star
         one.rollback(to=0)
         one.restore(earlier)
         assert len(one) == len(facts)
+
+
+def test_a_state_goes_on_in_another_session_on_the_same_weights(start: Start, facts: Facts) -> None:
+    """As in a run that keeps its states by itself and was killed."""
+    session, other = start(), start()
+    session.edit(facts)
+    _ = other.state
+    other.restore(pickle.loads(pickle.dumps(session.state)))
+    for one in (session, other):
+        one.edit(MORE)
+    assert other.state.step == 2
+    assert all(torch.equal(of.delta, session.state.layers[layer].delta) for layer, of in other.state.layers.items())
 
 
 def test_the_memory_held_is_counted_from_the_start(start: Start, facts: Facts) -> None:

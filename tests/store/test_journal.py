@@ -173,7 +173,7 @@ def test_a_look_at_an_earlier_state_takes_nothing_off_the_disk(
         one.edit(facts[2:])
     session.detach()
     assert told(resume(tmp_path)) == told(untroubled)
-    with pytest.raises(ValueError, match="state: is that of another session"):
+    with pytest.raises(ValueError, match="state: is that of other weights or other hyperparameters"):
         start(layers=[0]).show(newest)
 
 
