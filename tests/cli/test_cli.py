@@ -398,7 +398,13 @@ def test_where_a_model_lies_is_remembered_here_and_asked_for_elsewhere(
     assert run("rollback", edits, "--to", "1")[1]["in_force"] == 2
     monkeypatch.setenv("COACHHOOK_CACHE", str(work / "elsewhere"))
     monkeypatch.chdir(work / "edits")
-    code, answer = run("forget", edits, "1-1")
+
+    def nowhere(name: str, **_: Any) -> Any:  # without asking a hub, which takes a minute where there is none
+        raise OSError(f"{name} is no model\nof anybody's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", nowhere)
+        code, answer = run("forget", edits, "1-1")
     assert code == 1
     assert answer["error"].startswith("model: no base model of these edits")
     assert answer["error"].endswith("name it with --model")
