@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from coachhook_plugin.tokens import occurrences
+
 FACTS = Path(__file__).parent / "facts" / "facts.json"
 
 FilePath: TypeAlias = "str | os.PathLike[str]"
@@ -227,11 +229,10 @@ def _unusable(record: Record) -> str | None:
         return EMPTY_TARGET
     if not record.subject:
         return NO_SUBJECT
-    # Places that overlap count, too.
-    occurrences = sum(record.prompt.startswith(record.subject, i) for i in range(len(record.prompt)))
-    if occurrences == 0:
+    count = occurrences(record.prompt, record.subject)
+    if count == 0:
         return SUBJECT_ABSENT
-    return SUBJECT_REPEATED if occurrences > 1 else None
+    return SUBJECT_REPEATED if count > 1 else None
 
 
 def _by_kind(probes: tuple[Probe, ...]) -> dict[str, dict[str, list[str]]]:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from tqdm.auto import tqdm
 
-from ..cache import cache_dir, write_whole
+from ..cache import cache_dir, is_kept, write_whole
 from ..folders import load_edits
 from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
@@ -279,7 +279,7 @@ def _base_model(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.model:
         return _loaded(options.model, manifest.dtype, options.device)
     remembered = _place_of(manifest)
-    name = remembered.read_text(encoding="utf-8") if remembered.is_file() else manifest.base_model
+    name = remembered.read_text(encoding="utf-8") if is_kept(remembered) else manifest.base_model
     try:
         return _loaded(name, manifest.dtype, options.device)
     except OSError as error:

@@ -302,7 +302,7 @@ def _factored(tensors: TensorFile, layers: Iterable[int], columns: list[list[int
 def _delta(tensors: TensorFile, layer: int, answers: tuple[Step, ...] | None) -> torch.Tensor:
     if answers is None:
         return tensors[f"layers.{layer}.delta"]
-    residual, coefficients = (tensors[f"layers.{layer}.{part}"] for part in ("residual", "coefficients"))
+    residual, coefficients = (tensors.mapped(f"layers.{layer}.{part}") for part in ("residual", "coefficients"))
     state = LayerState(torch.zeros(len(residual), len(coefficients)), None)
     for step in answers:
         state = step.layers[layer].written(state, step.sign)

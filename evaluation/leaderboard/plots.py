@@ -27,8 +27,8 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     styles = _styles(rows)
     figure, axes = _figure(len(groups), len(THREE))
     for line, group in zip(axes, groups, strict=True):
+        of_group = [(row, job) for row, job in series if row.title == group]
         for axis, name in zip(line, THREE, strict=True):
-            of_group = [(row, job) for row, job in series if row.title == group]
             for rank, (row, job) in enumerate(of_group):
                 steps = sorted(job.steps)
                 means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
