@@ -5,8 +5,8 @@ Importing this package is enough for the toolkit's `BaseEditor` to know the meth
 
 from typing import Any
 
-from .folders import load_edits
 from .hparams import CoachHooKHparams, CoachHooKHyperParams
+from .persistence import load_edits
 from .session import EditResult, EditSession
 from .state import SessionState
 from .store import FolderError

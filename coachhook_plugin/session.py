@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import folders, probe
+from . import persistence, probe
 from .architectures import context_length, model_parts, vocabulary_size, weight_device
 from .attachment import Attachment
 from .batch_writing import BatchWriter
@@ -113,7 +113,7 @@ class EditSession:
         return True  # a session without edits is still a session
 
     def __repr__(self) -> str:
-        name, step = folders.name_of(self.model), 0 if self._state is None else self._state.step
+        name, step = persistence.name_of(self.model), 0 if self._state is None else self._state.step
         folder = "" if self._journal is None else f", session_dir={str(self._journal.folder)!r}"
         return f"EditSession({name!r}, edits={len(self)}, step={step}, layers={self._layers}{folder})"
 
@@ -294,7 +294,7 @@ class EditSession:
         """
         self._check_living()
         self._check_shown()
-        folders.save(self, Path(folder), memory)
+        persistence.save(self, Path(folder), memory)
 
     @classmethod
     def resume(
@@ -315,7 +315,7 @@ class EditSession:
         Raises:
             ValueError: as `load_edits`, or the folder lacks memory.safetensors, or another session writes to it.
         """
-        return folders.resume(folder, model, tokenizer, progress, memory_device)
+        return persistence.resume(folder, model, tokenizer, progress, memory_device)
 
     def keep_in(self, folder: str | Path) -> None:
         """Write everything so far, and every further batch before `edit` returns, to a folder without edits.
@@ -324,7 +324,7 @@ class EditSession:
             ValueError: the folder holds edits, another session writes to it, or it cannot be written.
         """
         self._check_editable()
-        folders.keep_in(self, folder)
+        persistence.keep_in(self, folder)
 
     def close(self) -> None:
         """Stop writing to the session's folder and leave it to others; the edits stay in force, in memory."""
@@ -411,14 +411,14 @@ class EditSession:
         """Let the model and the session's folder tell of `state`."""
         self._set(state)
         if self._journal is not None:
-            self._journal.sync(state, lambda: folders.record_of(self))
+            self._journal.sync(state, lambda: persistence.record_of(self))
 
     def _back(self, state: SessionState) -> None:
         """The same after a failure, whose cause shall reach the caller."""
         self._set(state)
         if self._journal is not None:
             with suppress(FolderError):
-                self._journal.undo(state, lambda: folders.record_of(self))
+                self._journal.undo(state, lambda: persistence.record_of(self))
 
     def _set(self, state: SessionState) -> None:
         self._state = state

@@ -16,11 +16,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from .block_arguments import has_rows, of_rows, of_tokens
 from .observation import Attended, Call, Comparison, Observation, Seen, alike
 from .packing import PackedAttention, Packing, attention_of, packed_attention
 from .scope import FollowingGate
@@ -71,19 +72,23 @@ class _Suffix:
 
     def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _Suffix:
         front, length = int(self.offset[rows].max()), int(lengths.max())
-        select = partial(_part_of, rows=rows, count=len(self.hidden), size=self.hidden.shape[1], length=length)
-        calls = []
-        for call in self.calls:
-            arguments = {name: select(value) for name, value in call.arguments.items() if name != "attention_mask"}
-            mask = call.arguments["attention_mask"]  # (b, 1, S, P + S)
-            earlier, own = mask.split([mask.shape[-1] - mask.shape[-2], mask.shape[-2]], dim=-1)
-            mask = torch.cat([earlier[rows, :, :length, :front], own[rows, :, :length, :length]], dim=-1)
-            calls.append(replace(call, arguments={**arguments, "attention_mask": mask}))
+
+        def of_mask(mask: torch.Tensor) -> torch.Tensor:  # (b, 1, S, P + S)
+            own = mask.shape[-1] - mask.shape[-2]  # where the suffix itself begins
+            return torch.cat([mask[rows, :, :length, :front], mask[rows, :, :length, own : own + length]], dim=-1)
+
+        part = partial(
+            of_tokens,
+            rows=len(self.hidden),
+            width=self.hidden.shape[1],
+            tokens=lambda value: value[rows.to(value.device), :length],
+            places=lambda value: value[:length],
+        )
         kept = tuple(
             (key[rows.to(key.device), :, :front], value[rows.to(value.device), :, :front]) for key, value in self.kept
         )
-        hidden = self.hidden[rows, :length]
-        return replace(self, hidden=hidden, offset=self.offset[rows], calls=tuple(calls), kept=kept)
+        calls = tuple(_changed(call, part, of_mask) for call in self.calls)
+        return replace(self, hidden=self.hidden[rows, :length], offset=self.offset[rows], calls=calls, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,11 @@ class _PackedSuffix(_Suffix):
     def _arguments(self) -> list[dict[str, Any]]:
         rows, width = self.hidden.shape[:2]
 
-        def joined(name: str, value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(joined(name, item) for item in value)
-            if name != "attention_mask" and isinstance(value, torch.Tensor):
-                if value.dim() >= 2 and value.shape[:2] == (rows, width):
-                    return self._packing.join(value)
-                if value.shape == (width,):
-                    return torch.arange(len(self._packing.of_row), device=value.device)
-            return value
+        def places(value: torch.Tensor) -> torch.Tensor:
+            return torch.arange(len(self._packing.of_row), device=value.device)
 
-        return [{name: joined(name, value) for name, value in call.arguments.items()} for call in self.calls]
+        join = partial(of_tokens, rows=rows, width=width, tokens=self._packing.join, places=places)
+        return [_changed(call, join, lambda mask: mask).arguments for call in self.calls]
 
     def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _PackedSuffix:
         return _packed(super().keep(rows, lengths), lengths)
@@ -146,7 +145,7 @@ class _UpperBlocks:
         return for_loss, state
 
     def keep(self, rows: torch.Tensor, lengths: torch.Tensor) -> _UpperBlocks:
-        calls = tuple(replace(c, arguments=_rows_of(c.arguments, rows, len(self.hidden))) for c in self.calls)
+        calls = tuple(replace(c, arguments=of_rows(c.arguments, rows, len(self.hidden))) for c in self.calls)
         return replace(self, hidden=self.hidden[rows], offset=self.offset[rows], calls=calls)
 
 
@@ -234,11 +233,15 @@ def _suffix(seen: Observation, batch: Batch) -> _Suffix:
     lengths = batch.attention_mask.sum(1).to(hidden.device)
     size, front = int((lengths - offset).max()), int(offset.max())
     at = (offset[:, None] + torch.arange(size, device=hidden.device)).clamp(max=width - 1)  # (b, S)
-    cutter = partial(_cut_argument, rows=rows, width=width, at=at, front=front, offset=offset)
-    calls = tuple(
-        replace(call, arguments={key: cutter(key, value) for key, value in _masked(call.arguments).items()})
-        for call in seen.calls
+    cutter = partial(
+        of_tokens,
+        rows=rows,
+        width=width,
+        tokens=lambda value: _gathered(value, at.to(value.device)),
+        places=lambda value: torch.arange(front, front + size, device=value.device),
     )
+    of_mask = partial(_cut_mask, rows=rows, width=width, at=at, front=front, offset=offset)
+    calls = tuple(_changed(call, cutter, of_mask) for call in seen.calls)
     kept = tuple((key[:, :, :front], value[:, :, :front]) for key, value in seen.attended)
     return _Suffix(_gathered(hidden, at), offset, calls, seen.cache_name, kept)
 
@@ -249,23 +252,11 @@ def _packed(suffix: _Suffix, lengths: torch.Tensor) -> _PackedSuffix:
     return _PackedSuffix(**given, lengths=lengths.to(suffix.hidden.device))
 
 
-def _masked(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"attention_mask": None, **arguments}
-
-
-def _cut_argument(
-    name: str, value: Any, rows: int, width: int, at: torch.Tensor, front: int, offset: torch.Tensor
-) -> Any:
-    """An argument of a block for all tokens, as it must be for the suffix alone."""
-    if name == "attention_mask":
-        return _cut_mask(value, rows, width, at, front, offset)
-    if isinstance(value, tuple | list):
-        return type(value)(_cut_argument(name, item, rows, width, at, front, offset) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] in ((1, width), (rows, width)):
-        return _gathered(value.expand(rows, *value.shape[1:]), at.to(value.device))
-    if isinstance(value, torch.Tensor) and value.shape == (width,):
-        return torch.arange(front, front + at.shape[1], device=value.device)  # positions in the cache
-    return value
+def _changed(call: Call, argument: Callable[[Any], Any], mask: Callable[[Any], torch.Tensor]) -> Call:
+    """The call with each of its arguments changed, and its attention mask (None where it has none) by itself."""
+    given = {"attention_mask": None, **call.arguments}
+    changed = {name: argument(value) for name, value in given.items() if name != "attention_mask"}
+    return replace(call, arguments={**changed, "attention_mask": mask(given["attention_mask"])})
 
 
 def _cut_mask(
@@ -312,40 +303,8 @@ def _answers_as(tail: Tail, reference: torch.Tensor, batch: Batch) -> bool:
 
 
 def _by_row(calls: Sequence[Call], count: int) -> frozenset[str]:
-    """Names of the arguments that `_rows_of` would take for having `count` rows."""
-
-    def is_one(value: Any) -> bool:
-        if isinstance(value, dict):
-            return any(map(is_one, value.values()))
-        if isinstance(value, tuple | list):
-            return any(map(is_one, value))
-        return _has_rows(value, count)
-
-    return frozenset(name for call in calls for name, value in call.arguments.items() if is_one(value))
-
-
-def _has_rows(value: Any, count: int) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == count
-
-
-def _rows_of(value: Any, rows: torch.Tensor, count: int) -> Any:
-    """Some rows of every tensor that has `count` of them."""
-    if isinstance(value, dict):
-        return {key: _rows_of(item, rows, count) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_rows_of(item, rows, count) for item in value)
-    return value[rows.to(value.device)] if _has_rows(value, count) else value
-
-
-def _part_of(value: Any, rows: torch.Tensor, count: int, size: int, length: int) -> Any:
-    """Some rows, and the first positions, of every suffix argument (b, S, ...) or (S,)."""
-    if isinstance(value, tuple | list):
-        return type(value)(_part_of(item, rows, count, size, length) for item in value)
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (count, size):
-        return value[rows.to(value.device), :length]
-    if isinstance(value, torch.Tensor) and value.shape == (size,):
-        return value[:length]
-    return value
+    """Names of the arguments that look as if they had `count` rows."""
+    return frozenset(name for call in calls for name, value in call.arguments.items() if has_rows(value, count))
 
 
 def _gathered(value: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .block_arguments import of_tokens
 from .tokens import Batch
 
 
@@ -71,18 +72,10 @@ class TokenTree:
     def row_argument(self, value: Any) -> Any:
         """What a block would be given for the rows, of what it was given for the tree."""
         n, width = self.ids.shape[1], self.node.shape[1]
-        if isinstance(value, tuple | list):
-            return type(value)(self.row_argument(item) for item in value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.dim() == 4 and value.shape[-2:] == (n, n):
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[-2:] == (n, n):
             node = self.node.to(value.device)
             mask = value[0, 0][node[:, :, None], node[:, None, :]][:, None]  # (b, 1, T, T)
             # Padding stands for copies of the last token, which must not look at them.
             ahead = torch.ones(width, width, dtype=torch.bool, device=value.device).triu(1)
             return mask.masked_fill(ahead, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-        if value.dim() >= 2 and value.shape[:2] == (1, n):
-            return self.rows(value)
-        if value.shape == (n,):
-            return torch.arange(width, device=value.device)  # positions in the cache
-        return value
+        return of_tokens(value, 1, n, self.rows, lambda value: torch.arange(width, device=value.device))

@@ -16,7 +16,7 @@ from plain import bits, hook_layers, logits_of
 from transformers import AutoModelForCausalLM
 
 import coachhook_plugin.batch_writing
-import coachhook_plugin.folders
+import coachhook_plugin.persistence
 from coachhook_plugin import EditSession, load_edits
 
 Start = Callable[..., EditSession]
@@ -210,14 +210,14 @@ def test_saving_leaves_everybodys_answers_alone(edited: Any, monkeypatch: pytest
     session = edited("llama")
     expected = answers(session.model, session.tokenizer)
     found: list[list[bytes]] = []
-    original = coachhook_plugin.folders.weights_fingerprint
+    original = coachhook_plugin.persistence.weights_fingerprint
 
     def meanwhile(*args: Any) -> str:
         for ask in (elsewhere, lambda act: act()):
             found.append(ask(lambda: answers(session.model, session.tokenizer)))
         return original(*args)
 
-    monkeypatch.setattr(coachhook_plugin.folders, "weights_fingerprint", meanwhile)
+    monkeypatch.setattr(coachhook_plugin.persistence, "weights_fingerprint", meanwhile)
     session.save(tmp_path)
     assert found == [expected, expected]
 

@@ -19,9 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..cache import cache_dir, is_kept, write_whole
-from ..folders import load_edits
 from ..hparams import FREE, PLACES, CoachHooKHparams, differing
 from ..ledger import Edit
+from ..persistence import load_edits
 from ..placement import Place
 from ..session import EditSession
 from ..shipped import shipped_hparams

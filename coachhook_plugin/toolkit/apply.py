@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..folders import load_edits
 from ..hparams import FREE, PLACES, CoachHooKHparams, differing
+from ..persistence import load_edits
 from ..session import EditSession
 from ..state import SessionState
 from ..store import holds_edits

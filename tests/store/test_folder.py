@@ -22,7 +22,7 @@ from kill_many import kill_at_call
 from plain import bits, hook_layers, logits_of, photograph, photograph_session
 from safetensors.torch import load_file, save
 
-import coachhook_plugin.folders
+import coachhook_plugin.persistence
 from coachhook_plugin import CoachHooKHparams, EditSession, FolderError, load_edits, store
 from coachhook_plugin.fingerprint import weights_sums
 from coachhook_plugin.hparams import FREE, PLACES, differing
@@ -600,10 +600,10 @@ def test_another_tokenizer_is_refused_and_another_way_of_using_the_same_one_is_n
 def test_folders_of_earlier_releases_load_with_all_their_steps_and_learn_what_they_lacked(
     start: Start, tiny: Any, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = coachhook_plugin.folders.record_of
+    original = coachhook_plugin.persistence.record_of
     with monkeypatch.context() as patch:
         patch.setattr(
-            coachhook_plugin.folders, "record_of", lambda s: replace(original(s), vocabulary=None, sums=None)
+            coachhook_plugin.persistence, "record_of", lambda s: replace(original(s), vocabulary=None, sums=None)
         )
         session = start(session_dir=str(tmp_path))
         for fact in facts[:3]:
