@@ -8,7 +8,7 @@ compared with the model's own answer (`observation`, `tail`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -38,7 +38,7 @@ def of_rows(value: Any, rows: torch.Tensor, count: int) -> Any:
         return {key: of_rows(item, rows, count) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(of_rows(item, rows, count) for item in value)
-    return value[rows.to(value.device)] if _has_rows(value, count) else value
+    return value[rows.to(value.device)] if has_rows(value, count) else value
 
 
 def has_rows(value: Any, count: int) -> bool:
@@ -47,8 +47,4 @@ def has_rows(value: Any, count: int) -> bool:
         return any(has_rows(item, count) for item in value.values())
     if isinstance(value, tuple | list):
         return any(has_rows(item, count) for item in value)
-    return _has_rows(value, count)
-
-
-def _has_rows(value: Any, count: int) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == count
