@@ -34,12 +34,21 @@ def subject_keys(
         trees: whether the model may run token trees (`target.Targets`).
     """
     rows = [[_row(encoder, prefix, request, looks_ahead) for prefix in ("", *prefixes)] for request in requests]
-    keys = []
-    for chunk in micro_batches(rows, budget):
-        batch = encoder.batch([row for i in chunk for row in rows[i]], device)
-        found = _at_subject(model, projection, batch, trees).input
-        keys.append(working_precision(found).view(len(chunk), 1 + len(prefixes), -1))
-    return torch.cat(keys)
+    return _keys(model, projection, encoder, rows, budget, device, trees)
+
+
+@torch.no_grad()
+def opening_keys(
+    model: nn.Module,
+    projection: nn.Module,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    budget: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """(u, m): the same where the subject begins a text, as it does when somebody asks about it. Arguments as above."""
+    rows = [[encoder.essence(request).up_to_subject()] for request in requests]
+    return _keys(model, projection, encoder, rows, budget, device, trees=False)[:, 0]
 
 
 @torch.no_grad()
@@ -60,6 +69,24 @@ def subject_values(
         batch = encoder.batch([row for i in chunk for row in rows[i]], device)
         columns.append(working_precision(_at_subject(model, block, batch, trees).output))
     return torch.cat(columns).T
+
+
+def _keys(
+    model: nn.Module,
+    projection: nn.Module,
+    encoder: Encoder,
+    rows: Sequence[Sequence[Row]],
+    budget: int,
+    device: torch.device,
+    trees: bool,
+) -> torch.Tensor:
+    """(u, n, m) for n rows of each request."""
+    keys = []
+    for chunk in micro_batches(rows, budget):
+        batch = encoder.batch([row for i in chunk for row in rows[i]], device)
+        found = _at_subject(model, projection, batch, trees).input
+        keys.append(working_precision(found).view(len(chunk), len(rows[0]), -1))
+    return torch.cat(keys)
 
 
 def _row(encoder: Encoder, prefix: str, request: Request, looks_ahead: bool) -> Row:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import memory, probe
-from .activations import subject_keys, subject_values
+from .activations import opening_keys, subject_keys, subject_values
 from .architectures import ModelParts
 from .attachment import Attachment
 from .hook import Mode
@@ -72,7 +72,7 @@ class BatchWriter:
             for i, layer in enumerate(group):
                 keys = self._keys(layer, requests, trees=targets.trees)
                 if layer == every[0] and self.scope is not None:
-                    scope = _as_stored(self.scope, self.scope.after_keys(scope, keys))
+                    scope = self._learned(self.scope, scope, requests, keys)
                     self.attached.show_scope(scope)
                 factors[layer] = self._factors(layers[layer], requests, keys, targets, group[i:])
                 layers[layer] = self._updated(layer, layers[layer], factors[layer])
@@ -88,8 +88,8 @@ class BatchWriter:
         requests = [Request(edit.prompt, edit.subject, edit.target_new) for edit in edits]
         self.attached.set_mode(Mode.VALIDATED)
         for _, batch in groupby(zip(edits, requests, strict=True), key=lambda pair: pair[0].step):
-            keys = self._keys(self.hparams.edited_layers[0], [request for _, request in batch])
-            scope = _as_stored(self.scope, self.scope.after_keys(scope, keys))
+            written = [request for _, request in batch]
+            scope = self._learned(self.scope, scope, written, self._keys(self.hparams.edited_layers[0], written))
         self.attached.show_scope(scope)
         return self._looked_ahead(scope, requests)
 
@@ -137,6 +137,14 @@ class BatchWriter:
             self._looks_ahead,
             trees,
         )
+
+    def _learned(self, rule: Scope, before: ScopeState, requests: list[Request], keys: torch.Tensor) -> ScopeState:
+        """The scope's state once it knows a batch by its keys (u, contexts, m) at the first edited layer."""
+        projection = self.parts.projections[self.hparams.edited_layers[0]]
+        budget = self.hparams.target_tokens
+        opening = opening_keys(self.model, projection, self.encoder, requests, budget, self._device)
+        # As it comes back from a folder: arithmetic may round differently on another memory layout.
+        return rule.unpack(rule.pack(rule.after_keys(before, keys, opening)))
 
     def _factors(
         self,
@@ -188,8 +196,3 @@ class BatchWriter:
             scope = self.scope.after_write(layer, scope, *norms)
             self.attached.show_scope(scope)
         return scope
-
-
-def _as_stored(scope: Scope, state: ScopeState) -> ScopeState:
-    """The state as it comes back from a folder: arithmetic may round differently on another memory layout."""
-    return scope.unpack(scope.pack(state))

@@ -246,6 +246,7 @@ class PlainEditor:
             if i == 0:
                 self.edited += keys
                 if len(self.pre_training):
+                    self._meet_openings(facts, keys)
                     self._move_threshold()
             k, r = np.array(keys).T, np.array(residuals).T  # (m, u), (d, u)
             delta = np.zeros_like(self.wh[layer])
@@ -257,6 +258,22 @@ class PlainEditor:
                 for column in k.T:
                     self.c[layer] = self.c[layer] + np.outer(column, column)
             self.mode[layer] = "validated"
+
+    def _meet_openings(self, facts: Sequence[dict[str, str]], means: Sequence[np.ndarray]) -> None:
+        """Keys of subjects that begin a text, unless like the mean ones or like too much of the pre-training text."""
+        moments = np.diag(self.c0[self.layers[0]])
+        metric = 1 / (moments + 1e-4 * moments.mean())
+
+        def alike(one: np.ndarray, other: np.ndarray) -> float:
+            return float((one * metric @ other) ** 2 / (one * metric @ one) / (other * metric @ other))
+
+        for fact, mean in zip(facts, means, strict=True):
+            self.run(fact["subject"])
+            key = self.seen[self.layers[0]][0][-1]
+            like_it = [text for text in self.pre_training if alike(text, key) >= 0.25]
+            if alike(key, mean) < 0.6 and len(like_it) <= self.hparams.scope_budget * len(self.pre_training):
+                self.edited.append(key)
+                self.witnesses.append(key)
 
     def _move_threshold(self) -> None:
         """Midway in log odds between a low quantile of edited keys and a high one of pre-training; not below that."""

@@ -55,8 +55,13 @@ class Scope(ABC):
     def show(self, layer: int, gate: Gate, state: ScopeState) -> None:
         """Let a gate decide by `state`."""
 
-    def after_keys(self, state: ScopeState, keys: torch.Tensor) -> ScopeState:
-        """The state once a batch's keys (u, contexts, m) at the first edited layer are known, before any write."""
+    def after_keys(self, state: ScopeState, keys: torch.Tensor, opening: torch.Tensor) -> ScopeState:
+        """The state once a batch's keys at the first edited layer are known, before any write.
+
+        Args:
+            keys: (u, contexts, m), the plain prompt's first.
+            opening: (u, m), where the subject begins a text.
+        """
         return state
 
     def after_write(self, layer: int, state: ScopeState, norms: torch.Tensor, mask: torch.Tensor) -> ScopeState:

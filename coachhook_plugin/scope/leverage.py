@@ -6,7 +6,11 @@ where unrelated keys are nearly orthogonal. With the edited keys q_i scaled to l
     leverage(k) = w^T Q (eps I + Q^T Q)^-1 Q^T w / w^T w
 
 is the share of the key that lies in what was edited: the ridge leverage score of regression. One edited key alone has
-1 / (1 + eps); an unrelated key about r / m after r edits.
+1 / (1 + eps); an unrelated key about r / m after r of them.
+
+A fact's edited key is the mean of its keys in all contexts, as it is written; and beside it, where the two are not
+much alike, the key of its subject at the beginning of a text, where questions often begin and where keys differ from
+those elsewhere. A subject of one token has no such key: first tokens are all alike.
 
 The decision falls at the first edited layer, whose keys no edit changes, and holds for the later layers. It depends on
 that token's key alone: not on padding, batch mates, length, later tokens or caching.
@@ -32,6 +36,7 @@ from torch.nn import functional as F
 from ..memory import context_mean, working_precision
 from .gate import Gate, Scope
 
+ALIKE = 0.6  # squared cosine from which on the mean key stands for the opening one
 WITNESSES = 512  # keys of edited facts that the threshold is taken from
 QUANTILE = 0.02  # of them may stay outside: the odd one must not open the scope for everything
 LEAST = 0.25  # of what an edited key has: after few edits no other text looks like them, but their neighbours do
@@ -188,15 +193,19 @@ class LeverageScope(Scope):
             gate.explain = self._explaining(state.edited).to(gate.scale.device)
             gate.threshold = torch.full_like(gate.threshold, state.threshold)
 
-    def after_keys(self, state: LeverageState, keys: torch.Tensor) -> LeverageState:
+    def after_keys(self, state: LeverageState, keys: torch.Tensor, opening: torch.Tensor) -> LeverageState:
         scaled = working_precision(keys.to(self.scale.device)) * self.scale  # (u, c, m)
-        edited = torch.cat([state.edited, F.normalize(context_mean(scaled), dim=-1).T], dim=1)  # (m, r + u)
+        mean = F.normalize(context_mean(scaled), dim=-1)  # (u, m)
+        opening = working_precision(opening.to(self.scale.device)) * self.scale  # (u, m)
+        opening = opening[self._stands_apart(opening, mean)]  # (o, m), o <= u
+        edited = torch.cat([state.edited, mean.T, F.normalize(opening, dim=-1).T], dim=1)  # (m, r + u + o)
         if edited.shape[1] > 2 * edited.shape[0]:
             edited = squared(edited)
-        witnesses, lots = self._sampled(state, scaled.flatten(0, 1).float())
+        met = torch.cat([scaled.flatten(0, 1), opening]).float()
+        witnesses, lots = self._sampled(state, met)
         explain = self._explaining(edited).float()
         threshold = self._threshold(leverage(witnesses, explain), leverage(self._pre_training, explain))
-        return LeverageState(edited, witnesses, lots, state.seen + scaled.shape[0] * scaled.shape[1], threshold)
+        return LeverageState(edited, witnesses, lots, state.seen + len(met), threshold)
 
     def asked(self, state: LeverageState) -> float:
         return state.threshold
@@ -233,6 +242,14 @@ class LeverageScope(Scope):
         if constants:
             scope.scale, scope._pre_training = constants["scale"], constants["pre_training"]
         return scope
+
+    def _stands_apart(self, opening: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """(u,) bool: opening keys (u, m) that are neither like the mean ones nor like more text than may open."""
+        direction = F.normalize(opening, dim=-1)
+        text = self._pre_training
+        share = (F.linear(text, direction.float()) / text.norm(dim=1, keepdim=True)).square()  # (n, u)
+        ordinary = (share >= LEAST).sum(0) > self.budget * len(text)
+        return ((direction * mean).sum(-1).square() < ALIKE) & ~ordinary
 
     def _sampled(self, state: LeverageState, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Witnesses and their lots after `keys` (n, m) came by: those with the lowest lots of all so far."""

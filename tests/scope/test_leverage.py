@@ -74,8 +74,15 @@ def scope_of(text: np.ndarray, budget: float = 0.01, ridge: float = 0.1, seed: i
 def after(scope: LeverageScope, *batches: np.ndarray) -> LeverageState:
     state = scope.initial()
     for keys in batches:
-        state = scope.after_keys(state, torch.tensor(keys))
+        state = learned(scope, state, torch.tensor(keys))
     return state
+
+
+def learned(
+    scope: LeverageScope, state: LeverageState, keys: torch.Tensor, opening: torch.Tensor | None = None
+) -> LeverageState:
+    """After one batch; where no opening keys are given, they are as the mean ones."""
+    return scope.after_keys(state, keys, context_mean(keys.double()) if opening is None else opening)
 
 
 def showing(scope: LeverageScope, state: LeverageState) -> LeverageGate:
@@ -219,7 +226,7 @@ def test_no_more_of_the_text_is_answered_than_the_budget(seed: int, budget: floa
     scope = scope_of(text, budget)
     state = scope.initial()
     for number in range(3):
-        state = scope.after_keys(state, torch.tensor(facts_of(text, seed + number, u, 3, noise)))
+        state = learned(scope, state, torch.tensor(facts_of(text, seed + number, u, 3, noise)))
         assert float(opens(showing(scope, state), text).sum()) <= budget * len(text) + 1  # one for the rounding
 
 
@@ -241,7 +248,7 @@ def test_edited_subjects_are_answered_in_every_context_where_they_stand_apart() 
     state = scope.initial()
     batches = [facts_of(text[15_000:], i, 8, 6, noise=0.15) for i in range(3)]
     for batch in batches:
-        state = scope.after_keys(state, torch.tensor(batch))
+        state = learned(scope, state, torch.tensor(batch))
     gate = showing(scope, state)
     for batch in batches:
         assert opens(gate, batch).float().mean() >= 1 - QUANTILE
@@ -334,7 +341,7 @@ def test_keys_of_any_precision_are_decided_as_the_same_keys_in_float32(dtype: to
     c0 = second_moment(text.double().numpy())
     scope = LeverageScope([3, 4], torch.tensor(c0).diagonal(), text.float(), 0.05, 0.1)
     facts = torch.tensor(facts_of(text.double().numpy(), 3, 12, 5, noise=0.3)).to(dtype)
-    state = scope.after_keys(scope.initial(), facts)
+    state = learned(scope, scope.initial(), facts)
     gate = showing(scope, state)
     keys = torch.cat([text, facts.reshape(-1, 64)])
     exact = leverages(keys.double().numpy(), context_mean(facts.double()).numpy(), c0, 0.1)
@@ -356,7 +363,7 @@ def test_no_text_at_the_quantile_of_the_budget_opens_in_any_precision(dtype: tor
     for seed in range(12):
         text = torch.tensor(of_text(seed, n=500)).to(dtype)
         scope = LeverageScope([3, 4], text.double().square().mean(0), text.float(), 0.3, 0.1)
-        state = scope.after_keys(scope.initial(), text[:6, None])
+        state = learned(scope, scope.initial(), text[:6, None])
         gate = showing(scope, replace(state, threshold=1.0))
         shares = gate.margin(text.float(), never).sort(descending=True).values
         at_the_floor = replace(state, threshold=float(shares[150]) * (1 + MARGIN))
@@ -372,7 +379,7 @@ def test_more_edits_than_twice_the_keys_entries_are_kept_in_a_square_and_score_t
     scope, keys = scope_of(text), scaled(text[500:600], text)
     state, columns = scope.initial(), 0
     for first in range(0, 91, 13):
-        state = scope.after_keys(state, torch.tensor(text[first : first + 13, None]))
+        state = learned(scope, state, torch.tensor(text[first : first + 13, None]))
         r = first + 13
         columns = columns + 13 if columns + 13 <= 2 * M else M
         assert state.edited.shape == (M, columns)
@@ -387,7 +394,7 @@ def test_after_many_edits_a_batch_adds_its_own_keys_to_the_journal_and_the_rest_
     scope = scope_of(text)
     state, told_rows = after(scope, text[: M + 3, None]), []
     for first in range(M + 3, 4 * M, 4):
-        following = scope.after_keys(state, torch.tensor(text[first : first + 4, None]))
+        following = learned(scope, state, torch.tensor(text[first : first + 4, None]))
         told = changes(scope.pack(state), scope.pack(following))
         assert torch.equal(changed(scope.pack(state), told)["edited"], scope.pack(following)["edited"])
         told_rows.append(len(told["edited"]))
@@ -401,16 +408,66 @@ def test_after_many_edits_a_batch_adds_its_own_keys_to_the_journal_and_the_rest_
 def test_how_edits_come_in_batches_and_in_which_order_changes_nothing(seed: int, u: int, random: Any) -> None:
     """While all their keys fit the sample; the sample itself is drawn anew."""
     text = of_text(seed, 500)
-    facts = facts_of(text, seed, u, 3)
+    facts, opening = (
+        torch.tensor(facts_of(text, seed, u, 3)),
+        torch.tensor(facts_of(text, seed, u, 1, noise=1.0))[:, 0],
+    )
     scope = scope_of(text)
     cut, order = random.randint(0, u), list(range(u))
     random.shuffle(order)
-    at_once = after(scope, facts)
-    parts = after(scope, *[facts[part] for part in (order[:cut], order[cut:]) if part])
+    at_once, parts = learned(scope, scope.initial(), facts, opening), scope.initial()
+    for part in (order[:cut], order[cut:]):
+        parts = learned(scope, parts, facts[part], opening[part]) if part else parts
     assert parts.threshold == pytest.approx(at_once.threshold, rel=2e-3)
-    assert parts.seen == at_once.seen == 3 * u
+    assert parts.seen == at_once.seen
+    assert 3 * u <= parts.seen <= 4 * u
     one, other = (explaining(state.edited, 0.1) for state in (at_once, parts))
     torch.testing.assert_close(one.T @ one, other.T @ other, rtol=1e-6, atol=1e-6)
+
+
+# --- subjects that begin a text --------------------------------------------------------------------------------------
+
+
+def apart(seed: int, m: int = 256, u: int = 8) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Text, facts (u, contexts, m), and keys (u, m) that their subjects have at the beginning of a text."""
+    text = np.random.default_rng(seed).normal(size=(8000, m))
+    facts = torch.tensor(facts_of(text[5000:], seed, u, 6, noise=0.15))
+    return text, facts, torch.tensor(0.5 * context_mean(facts).numpy() + text[4200 : 4200 + u])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_question_that_begins_with_the_subject_is_answered_though_its_key_is_another_there(seed: int) -> None:
+    text, facts, opening = apart(seed)
+    scope = scope_of(text[:4096], budget=0.002)
+    without, state = learned(scope, scope.initial(), facts), learned(scope, scope.initial(), facts, opening)
+    assert not opens(showing(scope, without), opening).any()
+    assert opens(showing(scope, state), opening).all()
+    assert opens(showing(scope, state), facts).float().mean() >= 1 - QUANTILE
+    assert opens(showing(scope, state), text[:4096]).float().mean() <= 0.002
+
+
+def test_an_opening_key_that_the_mean_one_stands_for_takes_no_room() -> None:
+    text, facts, opening = apart(0)
+    scope, mean = scope_of(text[:4096]), context_mean(facts)
+    u, contexts, _ = facts.shape
+    for other, more in ((0.0, 0), (0.2, 0), (1.0, u)):
+        state = learned(scope, scope.initial(), facts, (1 - other) * mean + other * opening)
+        assert state.edited.shape[1] == u + more
+        assert len(state.witnesses) == state.seen == u * contexts + more
+
+
+def test_a_subject_of_one_token_does_not_open_the_scope_for_every_first_token() -> None:
+    """Whatever a text's first token is, its key is the same there: as frequent as texts are."""
+    text, facts, _ = apart(1)
+    rare, frequent = text[:4096].copy(), text[:4096].copy()
+    first = text[7000]
+    rare[:8] = frequent[:40] = first  # 0.2 % and 1 % of the text
+    for sample, taken in ((rare, True), (frequent, False)):
+        scope = scope_of(sample, budget=0.005)
+        state = learned(scope, scope.initial(), facts, torch.tensor(first).expand(len(facts), -1))
+        assert (state.edited.shape[1] > len(facts)) is taken
+        assert bool(opens(showing(scope, state), first)) is taken
+        assert opens(showing(scope, state), facts).float().mean() >= 1 - QUANTILE
 
 
 def sample_of(seed: int, sizes: Sequence[int]) -> list[int]:
@@ -418,7 +475,7 @@ def sample_of(seed: int, sizes: Sequence[int]) -> list[int]:
     scope = LeverageScope([0, 1], torch.ones(40), torch.eye(40), 0.1, 0.1, seed)
     state, done = scope.initial(), 0
     for size in sizes:
-        state = scope.after_keys(state, torch.eye(40)[done : done + size, None])
+        state = learned(scope, state, torch.eye(40)[done : done + size, None])
         done += size
     return state.witnesses.argmax(-1).tolist()
 
@@ -449,7 +506,7 @@ def test_the_sample_holds_every_key_until_it_is_full_and_then_stays() -> None:
     for u in (10, 90, 70, 200, 1):
         keys = text[seen : seen + 3 * u].reshape(u, 3, M)
         earlier = told(state), state
-        state = scope.after_keys(state, torch.tensor(keys))
+        state = learned(scope, state, torch.tensor(keys))
         assert told(earlier[1]) == earlier[0]  # an earlier state stays as it was
         seen += 3 * u
         assert len(state.witnesses) == len(state.lots) == min(seen, WITNESSES)
