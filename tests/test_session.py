@@ -541,7 +541,7 @@ def test_what_comes_later_changes_no_answer(start: Start, facts: Facts, case: st
 def test_a_subject_that_comes_up_while_decoding_is_answered_as_in_a_whole_pass(
     start: Start, facts: Facts, case: str, pieces: str
 ) -> None:
-    session = start(case, **EASY, scope_budget=0.1)
+    session = start(case, **EASY, scope_budget=0.2)
     session.edit(facts)
     model, text = session.model, f"People say that {facts[0]['prompt']} old and {facts[1]['prompt']}"
     ids = torch.tensor([session.tokenizer(text)["input_ids"]])
