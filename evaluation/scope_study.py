@@ -34,7 +34,7 @@ from coachhook_plugin import CoachHooKHparams, EditSession, Request
 from coachhook_plugin.tokens import Encoder, occurrences
 
 from .data import Record, load_records
-from .metrics import continuations, perplexity
+from .metrics import continuations, perplexity, starts_with
 from .protocol import mean_scores, read, score
 
 MODEL = "smollm2-135m"
@@ -134,7 +134,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int, batch_s
     prompts = [record.prompt for record in records]
     said, alone = (continuations(model, tokenizer, prompts, use_cache=cached) for cached in (True, False))
     answered = [
-        tokenizer.decode(row, skip_special_tokens=True).strip().startswith(record.target_new)
+        starts_with(tokenizer.decode(row, skip_special_tokens=True), record.target_new)
         for row, record in zip(said, records, strict=True)
     ]
     scores = mean_scores([score(b, a) for b, a in zip(before, after, strict=True)])
