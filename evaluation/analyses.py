@@ -20,6 +20,7 @@ from .leaderboard import Row, load_jobs, row_of
 from .leaderboard.jobs import Job
 from .leaderboard.plots import COLOURS, MARKERS
 from .protocol import METRICS
+from .run import slug
 
 
 def main() -> None:
@@ -34,12 +35,25 @@ def main() -> None:
             draw_key_token(key_token(scored[0]), folder / "key-token.png")
             print(f"{folder / 'key-token.png'}: of {scored[0].folder.name}")
         else:
-            rows = [row_of(job) for job in jobs]
-            name = swept(rows)
-            if name is None:
+            drawn = draw_sweeps(jobs, folder)
+            if not drawn:
                 parser.error(f"{folder}: nothing was swept there; its leaderboard shows all of it")
-            draw_sweep(rows, name, folder / f"{name}.png")
-            print(f"{folder / name}.png")
+            print("\n".join(str(path) for path in drawn))
+
+
+def draw_sweeps(jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """A picture for each method on each data set of which something was swept."""
+    parts: dict[tuple[str, str], list[Row]] = {}
+    for job in jobs:
+        row = row_of(job)
+        parts.setdefault((job.config["method"]["label"], row.title), []).append(row)
+    found = {part: (name, rows) for part, rows in parts.items() if (name := swept(rows)) is not None}
+    drawn = []
+    for (method, title), (name, rows) in found.items():
+        stem = name if len(found) == 1 else slug(f"{name} {method} {title}")
+        drawn.append(folder / f"{stem}.png")
+        draw_sweep(rows, name, f"{method}, {title}", drawn[-1])
+    return drawn
 
 
 def swept(rows: Sequence[Row]) -> str | None:
@@ -51,23 +65,28 @@ def swept(rows: Sequence[Row]) -> str | None:
     return "batch_size" if len({row.batch_size for row in rows}) > 1 else None
 
 
-def value_of(row: Row, name: str) -> float:
-    """Where a row stands on the axis; of a list of layers, their number."""
+def value_of(row: Row, name: str) -> float | str:
+    """Where a row stands on the axis: a number, of a list of layers theirs, or a word."""
     value = row.batch_size if name == "batch_size" else row.overrides[name]
-    return float(len(value) if isinstance(value, list) else value)
+    if isinstance(value, list):
+        return float(len(value))
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def draw_sweep(rows: Sequence[Row], name: str, path: Path) -> None:
+def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
     """The scores over what was swept, with intervals, and the perplexity ratio beside them."""
     figure, (left, right) = _figure(2)
-    known = sorted(
-        (row for row in rows if name == "batch_size" or name in row.overrides), key=lambda row: value_of(row, name)
-    )
+    known = [row for row in rows if name == "batch_size" or name in row.overrides]
+    if words := any(isinstance(value_of(row, name), str) for row in known):
+        known.sort(key=lambda row: str(value_of(row, name)))
+    else:
+        known.sort(key=lambda row: float(value_of(row, name)))
+    places = [float(i if words else value_of(row, name)) for i, row in enumerate(known)]
     for axis, metrics in ((left, METRICS), (right, ("perplexity_ratio",))):
         for i, metric in enumerate(metrics):
             points = [
-                (value_of(row, name), row.metrics[metric])
-                for row in known
+                (place, row.metrics[metric])
+                for place, row in zip(places, known, strict=True)
                 if row.metrics[metric][0] == row.metrics[metric][0]
             ]
             if points:
@@ -77,14 +96,16 @@ def draw_sweep(rows: Sequence[Row], name: str, path: Path) -> None:
                 above = [max(0.0, of[2] - of[0]) for _, of in points]
                 axis.errorbar(x, y, yerr=[below, above], marker=MARKERS[i], color=COLOURS[i], capsize=2, label=metric)
         axis.set_xlabel(name.replace("_", " ") + (" (number)" if name == "layers" else ""))
-        values = [value_of(row, name) for row in known]
-        if min(values) > 0 and max(values) / min(values) > 20:
+        if words:
+            axis.set_xticks(places, [str(value_of(row, name)) for row in known])
+        elif min(places) > 0 and max(places) / min(places) > 20:
             axis.set_xscale("log")
     left.set_ylim(-0.02, 1.04)
-    left.set_title(f"{known[0].dataset}, {known[0].edits} edits", loc="left", fontsize=10)
+    left.set_title(title.replace(", ", "\n", 1), loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
     _save(figure, path)
+    return figure
 
 
 def has_key_scores(job: Job) -> bool:

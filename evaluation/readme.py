@@ -7,8 +7,10 @@ between two markers, for instance `<!-- demo-table -->` and `<!-- /demo-table --
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .benchmarks.report import BARS
@@ -18,6 +20,7 @@ from .protocol import METRICS
 from .tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
+BEHIND = "↓"  # behind its group's best method by more than the 95 % interval of the difference
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -55,7 +58,10 @@ def scope(figures: dict[str, Any]) -> str:
 
 
 def leaderboard(told: list[dict[str, Any]]) -> str:
-    """A line for each method, a column for each group of rows: the mean, and the three that it is of."""
+    """A line for each method, a column for each group of rows: the mean, and the three that it is of.
+
+    The one that is least behind the best comes first; ↓ says that it is behind by more than the interval.
+    """
     rows = [Row.from_dict(row) for row in told]
     titles = {row.group: f"{row.dataset}, {row.edits} edits" for row in rows}
     if len(set(titles.values())) < len(titles):
@@ -64,8 +70,14 @@ def leaderboard(told: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.setdefault(row.method, {})[row.group] = row
     groups = sorted(titles, key=lambda group: (group[-1], group))
-    of_means = {name: [of[group].metrics["mean"][0] for group in groups if group in of] for name, of in lines.items()}
-    ordered = sorted(lines, key=lambda name: -sum(of_means[name]) / len(of_means[name]))
+    # Not every method is in every group: what counts is how far behind each group's best one it is.
+    gaps: dict[str, list[float]] = {}
+    for group in groups:
+        found = {name: of[group].metrics["mean"][0] for name, of in lines.items() if group in of}
+        means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
+        for name, mean in means.items():
+            gaps.setdefault(name, []).append(max(means.values()) - mean)
+    ordered = sorted(lines, key=lambda name: fmean(gaps.get(name, [math.inf])))
     cells = [
         [name, *(_mean_of_three(lines[name].get(group)) for group in groups), _seconds(lines[name].values())]
         for name in ordered
@@ -76,7 +88,9 @@ def leaderboard(told: list[dict[str, Any]]) -> str:
 def _mean_of_three(row: Row | None) -> str:
     if row is None:
         return ""
-    return f"{cell(row, 'mean', interval=False)} ({', '.join(f'{row.metrics[name][0]:.2f}' for name in THREE)})"
+    three = ", ".join(f"{row.metrics[name][0]:.2f}" for name in THREE)
+    _, least, _ = row.metrics["behind_first"]
+    return f"{cell(row, 'mean', interval=False)}{BEHIND if least > 0 else ''} ({three})"
 
 
 def _seconds(rows: Iterable[Row]) -> str:

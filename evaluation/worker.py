@@ -73,6 +73,7 @@ def work(told: dict[str, Any], folder: Path) -> None:
     protocol = told["protocol"]
     journal = Folder(folder, told["snapshots"])
     if protocol["name"] in ENTRY_POINTS:
+        method.prepare()  # else the time of its first edit holds it
         seed_everything(told["seed"])
         found = entry_point(method, data.records, protocol["name"], told["batch_size"], protocol["sequential"])
         write(folder / TOOLKIT, found)

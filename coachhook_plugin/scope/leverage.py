@@ -249,7 +249,8 @@ class LeverageScope(Scope):
         text = self._pre_training
         share = (F.linear(text, direction.float()) / text.norm(dim=1, keepdim=True)).square()  # (n, u)
         ordinary = (share >= LEAST).sum(0) > self.budget * len(text)
-        return ((direction * mean).sum(-1).square() < ALIKE) & ~ordinary
+        unlike = (direction * mean).sum(-1).square() < ALIKE
+        return torch.logical_and(unlike, ~ordinary)
 
     def _sampled(self, state: LeverageState, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Witnesses and their lots after `keys` (n, m) came by: those with the lowest lots of all so far."""

@@ -23,7 +23,7 @@ from ..tables import markdown_table
 from .jobs import Job, load_jobs, mixed, unfinished
 from .page import page
 from .plots import retention, trade_off
-from .rows import COLUMNS, Row, behind, row_of, told_apart, unedited
+from .rows import COLUMNS, Row, behind, name_files, row_of, told_apart, unedited
 
 __all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "row_of"]
 
@@ -36,7 +36,8 @@ def build(folder: Path) -> list[Row]:
     jobs = load_jobs(folder)
     if not jobs:
         return []
-    found = sorted(((row_of(job), job) for job in jobs), key=lambda pair: _order(pair[0]))
+    named = zip(name_files([row_of(job) for job in jobs]), jobs, strict=True)
+    found = sorted(named, key=lambda pair: _order(pair[0]))
     firsts: dict[Any, Job] = {}
     for row, job in found:
         row.metrics["behind_first"] = behind(firsts.setdefault(row.group, job), job)
@@ -46,12 +47,14 @@ def build(folder: Path) -> list[Row]:
     told = [row.to_dict() for row in rows]
     (folder / "leaderboard.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "leaderboard.csv").write_text(table(rows), encoding="utf-8")
-    (folder / "leaderboard.md").write_text(markdown(rows), encoding="utf-8")
+    different = mixed(jobs)
+    note = f"\nNot all of these rows were made alike: {different}.\n" if different else ""
+    (folder / "leaderboard.md").write_text(markdown(rows) + note, encoding="utf-8")
     plots = {}
     for name, draw in (("retention", retention), ("trade-off", trade_off)):
         if draw(edited, jobs, folder / name):
             plots[name] = (folder / f"{name}.svg").read_text(encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(folder.name, rows, jobs, plots), encoding="utf-8")
+    (folder / "leaderboard.html").write_text(page(folder.name, rows, jobs, plots, note.strip()), encoding="utf-8")
     return rows
 
 
@@ -134,7 +137,7 @@ class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]
         if rows:
             print(f"\n{markdown(rows)}\n{len(rows)} rows in {folder}/leaderboard.html, .md, .csv and .json")
             if different := mixed(load_jobs(folder)):
-                print(f"These rows were made with different programs: {different}", file=sys.stderr)
+                print(f"Not all of these rows were made alike: {different}", file=sys.stderr)
         failed = [(job, why) for job, why, when in unfinished(folder) if when >= self.started]
         for job, why in failed:
             print(f"{job} did not finish: {why}", file=sys.stderr)

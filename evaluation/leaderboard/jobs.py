@@ -88,14 +88,20 @@ def load_jobs(folder: Path) -> list[Job]:
 
 
 def mixed(jobs: Sequence[Job]) -> str:
-    """What programs the jobs were made with that not all of them share, as text; empty where all agree."""
-    made = [{**job.about.get("versions", {}), "toolkit": job.about.get("toolkit_commit")} for job in jobs]
+    """What the jobs were made with and on that not all of them share, as text; empty where all agree."""
+    made = [_made(about) for job in jobs for about in (job.about, *job.about.get("earlier", []))]
     told = []
     for name in dict.fromkeys(name for one in made for name in one):
         found = sorted({str(one[name]) for one in made if one.get(name)})
         if len(found) > 1:
             told.append(f"{name} {' and '.join(found)}")
     return ", ".join(told)
+
+
+def _made(about: dict[str, Any]) -> dict[str, Any]:
+    commits = {name: (about.get(f"{name}_commit") or "")[:7] for name in ("toolkit", "project")}
+    commits["toolkit"] = commits["toolkit"] or about.get("toolkit")
+    return {**about.get("versions", {}), **commits, **{name: about.get(name) for name in ("device", "threads")}}
 
 
 def unfinished(folder: Path) -> list[tuple[str, str, float]]:

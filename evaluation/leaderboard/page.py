@@ -26,15 +26,17 @@ PROTOCOLS = {
 }
 
 
-def page(title: str, rows: Sequence[Row], jobs: Sequence[Job], plots: Mapping[str, str]) -> str:
+def page(title: str, rows: Sequence[Row], jobs: Sequence[Job], plots: Mapping[str, str], note: str = "") -> str:
     """The page's text.
 
     Args:
+        note: what a reader must know of the rows.
         plots: SVG by name; they become images, so that nothing in them meets the page.
     """
     parts = {
         "title": html.escape(title),
         "protocols": "\n".join(_protocol(name) for name in dict.fromkeys(row.protocol for row in rows)),
+        "note": html.escape(note),
         "plots": "\n".join(_figure(name, svg) for name, svg in plots.items()),
         "data": embedded(_data(rows, jobs)),
     }

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
+from coachhook_plugin.shipped import shipped_hparams
+
 from ..data import Record
+from ..methods.settings import COACHHOOK
 from ..metrics import (
     Interval,
     interval_of_mean,
@@ -43,7 +49,9 @@ class Row:
 
     method: str
     dataset: str
+    checksum: str  # beginning of its SHA-256
     skip: int  # records of the data set before the first one edited
+    order: str  # in which they were taken
     edits: int
     batch_size: int
     protocol: str
@@ -53,15 +61,16 @@ class Row:
     job: str  # its folder
 
     @property
-    def group(self) -> tuple[str, str, int, str, int]:
-        """Rows that are compared with each other: model, data set and place in it, protocol, number of edits."""
-        return self.model, self.dataset, self.skip, self.protocol, self.edits
+    def group(self) -> tuple[str, str, str, int, str, str, int]:
+        """Rows that are compared with each other: model, file and records of it, protocol, number of edits."""
+        return self.model, self.dataset, self.checksum, self.skip, self.order, self.protocol, self.edits
 
     @property
     def title(self) -> str:
         """Of its group."""
         start = f" from record {self.skip + 1}" if self.skip else ""
-        return f"{self.dataset}{start}, {self.edits} edits, {self.protocol}, {self.model}"
+        order = "" if self.order == "first" else f" ({self.order})"
+        return f"{self.dataset}{start}, {self.edits} edits{order}, {self.protocol}, {self.model}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
@@ -89,6 +98,15 @@ def label(config: dict[str, Any]) -> str:
     return config["method"]["label"] + (f" ({told})" if told else "")
 
 
+def model_name(config: dict[str, Any]) -> str:
+    """The model's name, with that of the hyperparameters where a file of the user's is for another one."""
+    name = str(config["model"]["name"])
+    shipped = shipped_hparams(name, COACHHOOK)
+    known = {name} | ({yaml.safe_load(shipped.read_text(encoding="utf-8"))["model_name"]} if shipped else set())
+    own = Path(str(config.get("hparams", {}).get("model_name", name))).name
+    return name if own in {Path(one).name for one in known} else f"{name} ({own})"
+
+
 def row_of(job: Job) -> Row:
     """Everything that one job measured."""
     config = job.config
@@ -96,11 +114,13 @@ def row_of(job: Job) -> Row:
     return Row(
         method=label(config),
         dataset=config["dataset"]["name"],
+        checksum=config["dataset"].get("checksum", "")[:8],
         skip=config["dataset"].get("skip", 0),
+        order=config["dataset"].get("order", "first"),
         edits=config["edits"],
         batch_size=job.done["batch_size"],
         protocol=config["protocol"]["name"] + (", sequential" if config["protocol"].get("sequential") else ""),
-        model=config["model"]["name"],
+        model=model_name(config),
         overrides=config["method"]["overrides"],
         metrics={**_scored(record_scores(job), seed), **costs(job, seed)},
         job=job.folder.name,
@@ -146,6 +166,16 @@ def told_apart(rows: Sequence[Row], jobs: Sequence[Job]) -> list[Row]:
             if len(others) > 1 and added[i]:
                 found[i] = replace(found[i], method=f"{found[i].method}, {added[i]}")
     return found
+
+
+def name_files(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the beginning of their file's checksum where data sets of one name are not the same file."""
+    files: dict[str, set[str]] = {}
+    for row in rows:
+        files.setdefault(row.title, set()).add(row.checksum)
+    return [
+        replace(row, dataset=f"{row.dataset} {row.checksum}") if len(files[row.title]) > 1 else row for row in rows
+    ]
 
 
 def _records(job: Job) -> tuple[str, list[str]]:

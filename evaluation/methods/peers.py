@@ -1,8 +1,8 @@
 """The toolkit's own methods, as they are: their apply functions on their own hyperparameters.
 
 Each is called as `BaseEditor` calls it when edits follow one another. What differs between them and matters to a run
-stands in `TRAITS`; a method that is not there is taken for one that writes weights and takes whole batches if the
-toolkit says so.
+stands in `TRAITS`; a method that is not there is taken for one that writes weights, takes whole batches if the toolkit
+says so, and keeps in its modules what others keep there under the same names.
 """
 
 from __future__ import annotations
@@ -50,15 +50,14 @@ class Traits:
 
 
 TEMPLATES = "CONTEXT_TEMPLATES_CACHE"
+CACHES = ("cache_c", "cache_c_new")  # of keys edited so far: AlphaEdit's, and of what is made after it
 LENGTHS = "context_template_length_params"  # the hyperparameter of the ROME family; WISE's stand in its code
 WISE_LENGTHS = [[5, 5], [10, 5]]
 
 TRAITS = {
     "MEMIT": Traits(memory=(f"memit.memit_main:{TEMPLATES}",)),
     "EMMET": Traits(memory=(f"emmet.emmet_main:{TEMPLATES}",)),
-    "AlphaEdit": Traits(
-        memory=tuple(f"alphaedit.AlphaEdit_main:{name}" for name in (TEMPLATES, "cache_c", "cache_c_new"))
-    ),
+    "AlphaEdit": Traits(memory=tuple(f"alphaedit.AlphaEdit_main:{name}" for name in (TEMPLATES, *CACHES))),
     "ROME": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
     "R-ROME": Traits(one_by_one=True, memory=(f"r_rome.r_rome_main:{TEMPLATES}",)),
     "SimIE": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
@@ -100,7 +99,7 @@ class Peer:
         self.toolkit: Any = import_easyeditor()
         self.algorithm = self._algorithm(str(config["alg_name"]))
         self.name = ALGORITHMS.get(self.algorithm.lower(), self.algorithm)
-        self.traits = TRAITS.get(self.algorithm, Traits())
+        self.traits = TRAITS.get(self.algorithm) or Traits(memory=_usual_memory(self.algorithm))
         self._log, self._folder = folder / f"{self.name.lower()}.log", folder
         hparams = self._hparams(dict(config), base)
         with self._quiet():
@@ -143,7 +142,7 @@ class Peer:
             self._project()
         for place in self.traits.memory:
             module, name = _place(place)
-            if name == TEMPLATES and getattr(module, name) is None:
+            if name == TEMPLATES and getattr(module, name) is None and hasattr(module, "get_context_templates"):
                 with self._quiet():
                     self._sample_templates(module)
 
@@ -271,6 +270,8 @@ class Peer:
         for part in self._settings_parts():
             if hasattr(part, "rewrite_module_tmp"):
                 marks += [part.rewrite_module_tmp.format(layer) for layer in part.layers]
+            for template in getattr(part, "rewrite_module_tmps", []):  # PMET's
+                marks += [template.format(layer) for layer in part.layers]
             marks += list(getattr(part, "inner_params", []))
         for name, parameter in self.model.named_parameters():
             if not marks or any(f"{mark.removesuffix('.weight')}." in name for mark in marks):
@@ -383,13 +384,29 @@ def _place(where: str) -> tuple[Any, str]:
     return importlib.import_module(f"{MODELS}.{module}"), name
 
 
-def _hparams_class(algorithm: str) -> Any:
-    """The hyperparameter class in the package that a method's apply function comes from."""
+def _usual_memory(algorithm: str) -> tuple[str, ...]:
+    """Globals of a method that is not in `TRAITS`, by the names that they have elsewhere."""
+    _, inside = _package(algorithm)
+    return tuple(
+        f"{module.removeprefix(f'{MODELS}.')}:{name}"
+        for module in inside
+        for name in (TEMPLATES, *CACHES)
+        if name in vars(sys.modules[module])
+    )
+
+
+def _package(algorithm: str) -> tuple[str, list[str]]:
+    """The package that a method's apply function comes from, and the modules of it that are loaded."""
     apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[algorithm]
     owner = getattr(apply, "__self__", None)
     package = (apply.__module__ if owner is None else type(owner).__module__).rpartition(".")[0]
+    return package, sorted(name for name in sys.modules if f"{name}.".startswith(f"{package}."))
+
+
+def _hparams_class(algorithm: str) -> Any:
+    """The hyperparameter class in the package that a method's apply function comes from."""
+    package, inside = _package(algorithm)
     base = importlib.import_module("easyeditor.util.hparams").HyperParams
-    inside = sorted(name for name in sys.modules if f"{name}.".startswith(f"{package}."))
     for module_name in inside:
         for name, found in sorted(vars(sys.modules[module_name]).items()):
             ours = inspect.isclass(found) and issubclass(found, base) and found.__module__ in inside

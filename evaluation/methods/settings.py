@@ -39,7 +39,8 @@ def settings(
         path: a YAML file to take instead of the shipped one.
 
     Raises:
-        ValueError: no such file, nothing shipped, or a change of something that the file does not have.
+        ValueError: no such file, one of another method, nothing shipped, or a change of something that the file does
+            not have.
     """
     algorithm = ALGORITHMS.get(name.lower(), name)
     found = Path(path) if path else shipped_hparams(model, algorithm)
@@ -54,7 +55,13 @@ def settings(
     config = yaml.safe_load(found.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or "alg_name" not in config:
         raise ValueError(f"{found}: no hyperparameters of a method; it must be a mapping with alg_name")
-    if config["alg_name"] != COACHHOOK:  # CoachHooK's own class knows every name it has
+    held = str(config["alg_name"])
+    if held.lower() != algorithm.lower():
+        raise ValueError(
+            f"{found}: hyperparameters of {held}, and {algorithm} was asked for; give method={held.lower()} or "
+            "another file"
+        )
+    if held != COACHHOOK:  # CoachHooK's own class knows every name it has
         unknown = sorted(set(changes or {}) - set(config))
         if unknown:
             raise ValueError(f"{found}: has no {', '.join(unknown)} to change; it has {', '.join(config)}")

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib import image
-from test_leaderboard import job
+from test_leaderboard import change, job
 
-from evaluation.analyses import draw_key_token, draw_sweep, has_key_scores, key_token, swept, value_of, z_scores
+from evaluation.analyses import (
+    draw_key_token,
+    draw_sweep,
+    draw_sweeps,
+    has_key_scores,
+    key_token,
+    swept,
+    value_of,
+    z_scores,
+)
 from evaluation.leaderboard import load_jobs, row_of
 
 CONF = Path(__file__).parents[2] / "evaluation" / "conf"
@@ -29,10 +38,33 @@ def test_what_was_swept_becomes_the_axis(sweep: Path) -> None:
     rows = [row_of(one) for one in load_jobs(sweep)]
     assert swept(rows) == "mom2_update_weight"
     assert [value_of(row, "mom2_update_weight") for row in rows] == [50, 500, 15000]
-    draw_sweep(rows, "mom2_update_weight", sweep / "x.png")
-    pixels = image.imread(sweep / "x.png")
+    assert draw_sweeps(load_jobs(sweep), sweep) == [sweep / "mom2_update_weight.png"]
+    pixels = image.imread(sweep / "mom2_update_weight.png")
     assert pixels[..., :3].std() > 0.02  # not blank
     assert swept(rows[:1]) is None
+
+
+def test_one_line_never_joins_two_data_sets_or_methods(sweep: Path) -> None:
+    for i, value in enumerate((50, 500)):
+        job(sweep / f"jobs/other-{i}", "Other", 1, mom2_update_weight=value)
+        job(sweep / f"jobs/elsewhere-{i}", "CoachHooK", 1, mom2_update_weight=value)
+        change(sweep / f"jobs/elsewhere-{i}", dataset={"name": "rivers"})
+    job(sweep / "jobs/alone", "Alone", 1, mom2_update_weight=3)
+    parts = ("coachhook-towns", "other-towns", "coachhook-rivers")
+    expected = {f"mom2-update-weight-{part}-4-edits-consecutive-tiny.png" for part in parts}
+    drawn = draw_sweeps(load_jobs(sweep), sweep)
+    assert {path.name for path in drawn} == expected
+    assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_what_is_swept_may_be_a_word(tmp_path: Path) -> None:
+    for value in ("mean", "boundary"):
+        job(tmp_path / f"jobs/{value}", "CoachHooK", 1, spread=value)
+    rows = [row_of(one) for one in load_jobs(tmp_path)]
+    figure = draw_sweep(rows, "spread", "CoachHooK, towns", tmp_path / "spread.png")
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["boundary", "mean"]
+    assert [list(line.get_xdata()) for line in left.lines[:1]] == [[0.0, 1.0]]
 
 
 def test_layers_are_counted(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Ph
 from evaluation.leaderboard import COLUMNS, build, plots, row_of
 from evaluation.leaderboard.jobs import Job, mixed
 from evaluation.leaderboard.page import embedded
-from evaluation.leaderboard.rows import told_apart
+from evaluation.leaderboard.rows import model_name, told_apart
 
 NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
 PROMISED = (
@@ -141,6 +141,51 @@ def test_rows_made_with_different_programs_are_told(tmp_path: Path) -> None:
     jobs = [Job(tmp_path / str(i)) for i in range(3)]
     assert mixed(jobs) == "torch 2.12.0 and 2.13.0"
     assert mixed([jobs[0], jobs[2]]) == ""
+    old, new = ({"project_commit": letter * 40, "threads": 1, "device": "cpu"} for letter in "ab")
+    (tmp_path / "0" / ABOUT).write_text(json.dumps({**new, "toolkit": "release", "earlier": [old]}))
+    (tmp_path / "1" / ABOUT).write_text(
+        json.dumps({**new, "toolkit": "checkout", "toolkit_commit": "c" * 40, "threads": 2})
+    )
+    jobs = [Job(tmp_path / str(i)) for i in range(2)]
+    assert mixed(jobs[:1]) == "project aaaaaaa and bbbbbbb"
+    assert mixed(jobs) == "toolkit ccccccc and release, project aaaaaaa and bbbbbbb, threads 1 and 2"
+
+
+def test_whoever_reads_the_leaderboard_learns_that_its_rows_were_not_made_alike(board: Path) -> None:
+    for name in ("leaderboard.md", "leaderboard.html"):
+        assert "made alike" not in (board / name).read_text()
+    (board / "jobs/a" / ABOUT).write_text(json.dumps({"versions": {"torch": "<2>"}}))
+    (board / "jobs/b" / ABOUT).write_text(json.dumps({"versions": {"torch": "3"}}))
+    build(board)
+    assert "Not all of these rows were made alike: torch 3 and <2>." in (board / "leaderboard.md").read_text()
+    assert "Not all of these rows were made alike: torch 3 and &lt;2&gt;." in (board / "leaderboard.html").read_text()
+
+
+def test_records_of_another_file_or_order_are_not_compared_with_these(tmp_path: Path) -> None:
+    names = ("here", "other-file", "other-order")
+    for name in names:
+        job(tmp_path / "board/jobs" / name, "A", 1)
+    change(tmp_path / "board/jobs/other-file", dataset={"checksum": "decaf" * 4})
+    change(tmp_path / "board/jobs/other-order", dataset={"order": "spread"})
+    rows = [row for row in build(tmp_path / "board") if row.method == "A"]
+    assert len({row.group for row in rows}) == 3
+    assert {row.title for row in rows} == {
+        "towns c0ffee, 4 edits, consecutive, tiny",
+        "towns decafdec, 4 edits, consecutive, tiny",
+        "towns, 4 edits (spread), consecutive, tiny",
+    }
+    assert all(row.metrics["behind_first"] == (0, 0, 0) for row in rows)
+
+
+def test_a_file_for_another_model_does_not_count_as_this_one() -> None:
+    def told(name: str, path: str) -> str:
+        return model_name({"model": {"name": name}, "hparams": {"model_name": path}})
+
+    assert told("smollm2-135m", "smollm2-135m") == "smollm2-135m"
+    assert told("llama3-8b", "./hugging_cache/llama-3-8b-instruct") == "llama3-8b"
+    assert told("llama3-8b", "/models/llama-3-8b-instruct") == "llama3-8b"
+    assert told("smollm2-135m", "/models/gpt2-xl") == "smollm2-135m (gpt2-xl)"
+    assert told("mine", "/models/mine") == "mine"
 
 
 def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from evaluation.data import Record
 from evaluation.methods import Peer, settings
-from evaluation.methods.peers import TEMPLATES, _bytes, _place
+from evaluation.methods.peers import CACHES, TEMPLATES, _bytes, _place, _usual_memory
 from evaluation.protocol import seed_everything
 
 Start = Callable[..., Peer]
@@ -86,6 +86,20 @@ def test_contexts_are_sampled_before_the_first_batch_and_stay(peer: Start) -> No
     assert getattr(module, name) == sampled
     method.prepare()
     assert getattr(module, name) == sampled
+
+
+@needs_checkout
+@pytest.mark.parametrize(("algorithm", "module", "names"), [
+    ("SPHERE", "SPHERE.SPHERE_main", (TEMPLATES, *CACHES)),
+    ("PMET", "pmet.pmet_main", (TEMPLATES,)),
+    ("MEMIT", "memit.memit_main", (TEMPLATES,)),
+    ("FT", "ft", ()),
+])  # fmt: skip
+def test_a_method_that_nobody_described_keeps_its_contexts_and_caches_over_a_kill(
+    peer: Start, algorithm: str, module: str, names: tuple[str, ...]
+) -> None:
+    memit(peer)
+    assert set(_usual_memory(algorithm)) == {f"{module}:{name}" for name in names}
 
 
 def test_going_back_is_refused_where_a_method_has_changed_the_model_itself(peer: Start) -> None:

@@ -62,6 +62,17 @@ def test_a_change_that_the_file_does_not_know_is_refused() -> None:
         settings("memit", "smollm2-135m", {"v_steps": 3})
 
 
+def test_a_file_of_another_method_is_refused_so_that_no_row_has_a_wrong_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(settings("memit", "smollm2-135m")))
+    assert settings("MEMIT", "gpt5", path=mine)["alg_name"] == "MEMIT"
+    for name in ("rome", "coachhook", "PMET"):
+        with pytest.raises(
+            ValueError, match=r"mine.yaml: hyperparameters of MEMIT, and \w+ was asked for; give method=memit"
+        ):
+            settings(name, "smollm2-135m", path=mine)
+
+
 def test_a_model_without_a_file_says_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no hyperparameters of MEMIT for 'gpt5' are shipped .*smollm2-135m.*method.hp"
