@@ -390,8 +390,9 @@ def _usual_memory(algorithm: str) -> tuple[str, ...]:
     return tuple(
         f"{module.removeprefix(f'{MODELS}.')}:{name}"
         for module in inside
-        for name in (TEMPLATES, *CACHES)
-        if name in vars(sys.modules[module])
+        for names in ((TEMPLATES,), CACHES)
+        if names[-1] in vars(sys.modules[module])  # the first edit makes the cache itself
+        for name in names
     )
 
 
