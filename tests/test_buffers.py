@@ -12,6 +12,8 @@ from torch import nn
 
 from coachhook_plugin.buffers import PreciseBuffers
 
+pytestmark = pytest.mark.once
+
 THIRDS = torch.tensor([1 / 3, 2 / 3, 1e-30, 1e30])  # rounded by bfloat16, lost by float16
 
 

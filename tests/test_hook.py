@@ -17,6 +17,8 @@ from coachhook_plugin.hook import CHILD, HookLayer, Mode
 from coachhook_plugin.scope import Gate, Thresholds, ZScoreGate
 from coachhook_plugin.scope.token_mask import TokenMask
 
+pytestmark = pytest.mark.once
+
 D, M = 5, 7
 
 

@@ -12,6 +12,8 @@ import yaml
 
 from coachhook_plugin import CoachHooKHparams, CoachHooKHyperParams
 
+pytestmark = pytest.mark.once
+
 LEAST = {"alg_name": "CoachHooK", "model_name": "tiny", "layers": [1, 2]}
 
 

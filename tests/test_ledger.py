@@ -17,6 +17,8 @@ from coachhook_plugin import EditSession, Request
 from coachhook_plugin.batch_writing import BatchWriter
 from coachhook_plugin.ledger import Edit, lines_of_batch, to_forget, with_lines
 
+pytestmark = pytest.mark.once
+
 Start = Callable[..., EditSession]
 Facts = list[dict[str, str]]
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from coachhook_plugin.memory import KeyMemory, spread, update, working_precision
 
+pytestmark = pytest.mark.once
+
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 7), st.integers(0, 2**31))  # d, m, u, seed
 
 

@@ -15,6 +15,8 @@ from plain import bits
 from coachhook_plugin.memory import KeyMemory, on_grid, update
 from coachhook_plugin.state import Factors, History, LayerState, Snapshot, Step, changed, changes
 
+pytestmark = pytest.mark.once
+
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.from_numpy(np.random.default_rng(seed).normal(size=shape))

@@ -34,6 +34,8 @@ from coachhook_plugin.scope.leverage import (
 )
 from coachhook_plugin.state import changed, changes
 
+pytestmark = pytest.mark.once
+
 M = 24
 SEEDS = st.integers(0, 2**31)
 RIDGES = st.sampled_from([1e-3, 0.1, 1.0, 30.0])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from coachhook_plugin.scope.token_mask import real_tokens
 
+pytestmark = pytest.mark.once
+
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 SIDES = st.sampled_from(["left", "right"])
 

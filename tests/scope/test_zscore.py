@@ -12,6 +12,8 @@ from plain import ceiling_of, z_of
 
 from coachhook_plugin.scope.zscore import MIN_TOKENS, Thresholds, ceiling, in_scope, lowered, z_scores
 
+pytestmark = pytest.mark.once
+
 NORMS = st.lists(st.integers(0, 1000).map(lambda n: n / 64), min_size=0, max_size=12)
 ROWS = st.lists(NORMS, min_size=1, max_size=5).filter(lambda rows: any(rows))
 

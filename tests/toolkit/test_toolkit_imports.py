@@ -16,6 +16,8 @@ import pytest
 
 from coachhook_plugin.toolkit import imports
 
+pytestmark = pytest.mark.once
+
 FILES = {
     "__init__.py": "import random\nrandom.seed(42)\nfrom .text import *\nfrom . import trainer\n",
     "text.py": (
