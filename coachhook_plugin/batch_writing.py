@@ -140,6 +140,8 @@ class BatchWriter:
 
     def _learned(self, rule: Scope, before: ScopeState, requests: list[Request], keys: torch.Tensor) -> ScopeState:
         """The scope's state once it knows a batch by its keys (u, contexts, m) at the first edited layer."""
+        if rule.looks_ahead:  # learns once the batch is written
+            return before
         projection = self.parts.projections[self.hparams.edited_layers[0]]
         budget = self.hparams.target_tokens
         opening = opening_keys(self.model, projection, self.encoder, requests, budget, self._device)

@@ -70,7 +70,7 @@ def compare(
     peer = build(theirs["alg_name"], statistics, folder, theirs, statistics)
     assert isinstance(peer, Peer)
     peer.prepare()
-    (memory,) = [place for place in peer.traits.memory if place.endswith(TEMPLATES)]
+    (memory,) = [place for place in peer.memory if place.endswith(TEMPLATES)]
     prefixes = [template.removesuffix("{}") for template in peer.state()["memory"][memory][1]]
     engine = build(ours["alg_name"], statistics, folder, {**ours, "context_prefixes": prefixes})
     engine.prepare()

@@ -56,7 +56,7 @@ class Scope(ABC):
         """Let a gate decide by `state`."""
 
     def after_keys(self, state: ScopeState, keys: torch.Tensor, opening: torch.Tensor) -> ScopeState:
-        """The state once a batch's keys at the first edited layer are known, before any write.
+        """For rules that do not look ahead: the state once a batch's keys at the first edited layer are known.
 
         Args:
             keys: (u, contexts, m), the plain prompt's first.

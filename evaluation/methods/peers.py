@@ -2,7 +2,7 @@
 
 Each is called as `BaseEditor` calls it when edits follow one another. What differs between them and matters to a run
 stands in `TRAITS`; a method that is not there is taken for one that writes weights, takes whole batches if the toolkit
-says so, and keeps in its modules what others keep there under the same names.
+says so, and keeps in its modules what most keep there.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Traits:
     one_by_one: bool = False  # a call writes one fact
     use_cache: bool = True  # in generation
     adapter: bool = False  # it puts a module of its own in the place of `inner_params[0]`
-    # "module:name" under easyeditor.models: globals that carry something from one call to the next.
-    memory: tuple[str, ...] = ()
+    # "module:name" under easyeditor.models: globals that go from one call to the next; None: the usual ones.
+    memory: tuple[str, ...] | None = None
 
 
 TEMPLATES = "CONTEXT_TEMPLATES_CACHE"
@@ -55,11 +55,8 @@ LENGTHS = "context_template_length_params"  # the hyperparameter of the ROME fam
 WISE_LENGTHS = [[5, 5], [10, 5]]
 
 TRAITS = {
-    "MEMIT": Traits(memory=(f"memit.memit_main:{TEMPLATES}",)),
-    "EMMET": Traits(memory=(f"emmet.emmet_main:{TEMPLATES}",)),
-    "AlphaEdit": Traits(memory=tuple(f"alphaedit.AlphaEdit_main:{name}" for name in (TEMPLATES, *CACHES))),
-    "ROME": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
-    "R-ROME": Traits(one_by_one=True, memory=(f"r_rome.r_rome_main:{TEMPLATES}",)),
+    "ROME": Traits(one_by_one=True),
+    "R-ROME": Traits(one_by_one=True),
     "SimIE": Traits(one_by_one=True, memory=(f"rome.rome_main:{TEMPLATES}",)),
     # Its side memory answers for a whole batch or for none of it, by the mean over all tokens.
     "WISE": Traits(
@@ -99,7 +96,8 @@ class Peer:
         self.toolkit: Any = import_easyeditor()
         self.algorithm = self._algorithm(str(config["alg_name"]))
         self.name = ALGORITHMS.get(self.algorithm.lower(), self.algorithm)
-        self.traits = TRAITS.get(self.algorithm) or Traits(memory=_usual_memory(self.algorithm))
+        self.traits = TRAITS.get(self.algorithm, Traits())
+        self.memory = _usual_memory(self.algorithm) if self.traits.memory is None else self.traits.memory
         self._log, self._folder = folder / f"{self.name.lower()}.log", folder
         hparams = self._hparams(dict(config), base)
         with self._quiet():
@@ -140,7 +138,7 @@ class Peer:
         """
         if self.algorithm == "AlphaEdit" and not Path(self.hparams.P_loc).is_file():
             self._project()
-        for place in self.traits.memory:
+        for place in self.memory:
             module, name = _place(place)
             if name == TEMPLATES and getattr(module, name) is None and hasattr(module, "get_context_templates"):
                 with self._quiet():
@@ -199,7 +197,7 @@ class Peer:
 
     def kept_bytes(self) -> int:
         """Of what the method keeps for its edits beside the model's weights, which most methods change themselves."""
-        kept = [getattr(*_place(place), None) for place in self.traits.memory]
+        kept = [getattr(*_place(place), None) for place in self.memory]
         kept += self._simie().values()
         if not self.traits.adapter:
             return _bytes(kept)
@@ -216,7 +214,7 @@ class Peer:
         found: dict[str, Any] = {
             "calls": self._calls,
             "weights": {name: p.detach().clone().cpu() for name, p in self._written_weights()},
-            "memory": {place: copy.deepcopy(getattr(*_place(place), None)) for place in self.traits.memory},
+            "memory": {place: copy.deepcopy(getattr(*_place(place), None)) for place in self.memory},
             "simie": copy.deepcopy(self._simie()),
         }
         if self.traits.adapter:
@@ -385,7 +383,7 @@ def _place(where: str) -> tuple[Any, str]:
 
 
 def _usual_memory(algorithm: str) -> tuple[str, ...]:
-    """Globals of a method that is not in `TRAITS`, by the names that they have elsewhere."""
+    """Contexts and caches among the globals of a method, by the names that all of them use."""
     _, inside = _package(algorithm)
     return tuple(
         f"{module.removeprefix(f'{MODELS}.')}:{name}"

@@ -74,7 +74,7 @@ def record(number: int) -> Record:
 
 def test_contexts_are_sampled_before_the_first_batch_and_stay(peer: Start) -> None:
     method = memit(peer)
-    (place,) = [place for place in method.traits.memory if place.endswith(TEMPLATES)]
+    (place,) = [place for place in method.memory if place.endswith(TEMPLATES)]
     module, name = _place(place)
     setattr(module, name, None)  # of another test
     method.prepare()
