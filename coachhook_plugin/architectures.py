@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from .hparams import CoachHooKHparams
 
@@ -139,11 +138,13 @@ def model_parts(model: nn.Module, hparams: CoachHooKHparams) -> ModelParts:
 
 def _is_plain(projection: nn.Module) -> bool:
     """Whether it holds its weight as numbers of 16 bits or more; quantised layers are linear ones by name as well."""
-    if not isinstance(projection, nn.Linear | Conv1D):
+    if isinstance(projection, nn.Linear):
+        shape: tuple[Any, Any] = (projection.out_features, projection.in_features)
+    elif is_transposed(projection):
+        shape = (projection.nx, projection.nf)
+    else:
         return False
-    linear = isinstance(projection, nn.Linear)
-    shape = (projection.out_features, projection.in_features) if linear else (projection.nx, projection.nf)
-    weight = projection.weight
+    weight = cast(torch.Tensor, projection.weight)
     return weight.is_floating_point() and weight.element_size() > 1 and tuple(weight.shape) == shape
 
 
@@ -168,6 +169,8 @@ def key_size(parts: ModelParts) -> int:
 
 def is_transposed(projection: nn.Module) -> bool:
     """GPT-2's Conv1D stores its weight as (m, d)."""
+    from transformers.pytorch_utils import Conv1D  # slow to import; with a model it is there
+
     return isinstance(projection, Conv1D)
 
 

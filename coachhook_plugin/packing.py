@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "coachhook_packed"  # of the wrapped attention function in the library's table
 
@@ -80,8 +79,14 @@ def _packed_attention(
     if running is None:
         raise RuntimeError("this attention does not ask its cache first")
     _RUNNING.set(None)
-    function = ALL_ATTENTION_FUNCTIONS[_WRAPPED.get()]
+    function = _attention_functions()[_WRAPPED.get()]
     return running.attend(function, module, query, key, value, attention_mask=mask, **kwargs)
+
+
+def _attention_functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import; with a model it is there
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def attention_of(blocks: Sequence[nn.Module]) -> str:
@@ -102,10 +107,10 @@ def packed_attention(blocks: Sequence[nn.Module]) -> Iterator[None]:
     Raises:
         TypeError: their attention is not one that can be wrapped.
     """
-    configs, name = configs_of(blocks), attention_of(blocks)
-    if name not in ALL_ATTENTION_FUNCTIONS or name == NAME:
+    configs, name, functions = configs_of(blocks), attention_of(blocks), _attention_functions()
+    if name not in functions or name == NAME:
         raise TypeError("the model's attention is not in the library's table, or is wrapped already")
-    ALL_ATTENTION_FUNCTIONS[NAME] = _packed_attention
+    functions[NAME] = _packed_attention
     token = _WRAPPED.set(name)
     for config in configs:
         config._attn_implementation = NAME

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import cache_utils
 
 # transformers 4 gives Gemma 2 and 3 a cache just as long as their first input: nothing can follow in it.
-_FULL = tuple(getattr(cache_utils, name) for name in ("StaticCache", "HybridCache") if hasattr(cache_utils, name))
+_FULL = ("StaticCache", "HybridCache")
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def sample(
     cache: Any = None
     while ids.shape[1] < length:
         step = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = None if isinstance(step.past_key_values, _FULL) else step.past_key_values
+        cache = None if _is_full(step.past_key_values) else step.past_key_values
         logits = step.logits[:, -1].cpu().double()  # (b, V)
         if banned:
             logits[:, [i for i in banned if i < logits.shape[1]]] = -torch.inf
@@ -59,3 +58,7 @@ def context_prefixes(model: nn.Module, tokenizer: Any, seed: int, device: torch.
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". ")
     return prefixes
+
+
+def _is_full(cache: Any) -> bool:
+    return any(kind.__name__ in _FULL for kind in type(cache).__mro__)

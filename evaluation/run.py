@@ -135,7 +135,8 @@ def run_job(told: dict[str, Any]) -> None:
     (folder / FAILED).unlink(missing_ok=True)
     print(f"{folder.name}", flush=True)
     command = [sys.executable, "-m", "evaluation.worker", str(folder)]
-    done = subprocess.run(command, input=json.dumps(told), text=True, env=_environment())
+    given = json.dumps({**told, "parent": os.getpid()})
+    done = subprocess.run(command, input=given, text=True, env=_environment())
     if done.returncode == BUSY:
         _fail(folder, IN_USE)
     elif done.returncode and not (folder / FAILED).is_file():

@@ -9,6 +9,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,10 +36,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "easyeditor", "coach
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     told = json.load(sys.stdin)
+    if parent := told.pop("parent", None):
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
-    except Timeout:  # one whose parent was killed
+    except Timeout:
         sys.exit(BUSY)
     try:
         work(told, folder)
@@ -86,6 +90,13 @@ def work(told: dict[str, Any], folder: Path) -> None:
     write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else told["batch_size"]})
     journal.forget_state()
     (folder / FAILED).unlink(missing_ok=True)  # of a call that found this one at work
+
+
+def end_with(parent: int) -> None:
+    """Leave when the process that began this one is gone: a killed command shall not go on computing unseen."""
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)  # as a kill would: what is written so far, the next call goes on from
 
 
 def settle_paths(told: dict[str, Any]) -> None:

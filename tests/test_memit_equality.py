@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 LAYERS = [4, 5, 6]
 PREFIXES = ["The old man said nothing. ", "Because of the rain we stayed. "]

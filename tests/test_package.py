@@ -74,6 +74,12 @@ except ImportError as error:
     assert "easyeditor" in said.lower()
 
 
+def test_the_import_waits_for_no_more_than_torch(tmp_path: Path) -> None:
+    """`coachhook show`, and each process of a sweep, would wait three times as long."""
+    asked = "{'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    assert python(f"import sys, coachhook_plugin.cli.main; print({asked})", tmp_path) == "{'torch'}\n"
+
+
 def test_what_is_exported_is_there() -> None:
     assert all(hasattr(coachhook_plugin, name) for name in coachhook_plugin.__all__)
     with pytest.raises(AttributeError, match="nothing_like_that"):

@@ -920,6 +920,7 @@ def marked(model: Any) -> Any:
     return model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("earlier", [False, True], ids=["first batch", "third batch"])
 @pytest.mark.parametrize(("scope", "point"), FAILURES)
 def test_a_batch_that_fails_leaves_model_and_session_as_they_were(

@@ -93,6 +93,7 @@ def test_knows_a_fact(folder: Path, tokenizer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_weights_are_those_transformers_reads(folder: Path) -> None:
     """Our reader of the GGUF file against the library's, bit for bit."""
     source = smollm2._gguf_file()

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoTokenizer
 
 from .devices import settle_device, torch_device
 from .imports import TOOLKIT
@@ -169,7 +168,11 @@ class _FolderTokenizer:
     (Llama 3, SmolLM2) loses its spaces; so this reads the tokenizer that the model folder describes.
     """
 
-    from_pretrained = staticmethod(AutoTokenizer.from_pretrained)
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        from transformers import AutoTokenizer  # slow to import; with a model it is there
+
+        return AutoTokenizer.from_pretrained(*args, **kwargs)
 
 
 def settle_padding(editor: Any) -> None:

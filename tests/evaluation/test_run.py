@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -81,7 +80,7 @@ def start(place: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "evaluation.run", *arguments],
-        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -139,11 +138,11 @@ def test_a_killed_run_gives_the_same_leaderboard(sweep: Path, place: Path) -> No
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         done = [read_lines(path) for path in jobs.glob("*/batches.jsonl")]
-        if done and len(done[0]) >= 2:
+        if done and len(done[0]) >= 1:
             break
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.communicate()  # until nobody holds its output any more: the process in which the method runs ends as well
     assert not list(jobs.glob("*/done.json")), "it was over before it could be killed"
     finished(start(place, arguments))
     (found,) = board(place, "killed")
@@ -200,7 +199,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 def test_jobs_differ_by_what_changes_a_figure_and_by_nothing_else(tmp_path: Path) -> None:
     base = composed("edits=4")
     assert key(base) == key(composed("edits=4", "run=other", "threads=2", "snapshots=0", f"out={tmp_path}"))
-    changes = ("edits=5", "seed=1", "batch_size=2", "protocol=single", "method=coachhook-paper", "model.device=cuda")
+    changes = ("edits=8", "seed=1", "batch_size=2", "protocol=single", "method=coachhook-paper", "model.device=cuda")
     for change in (*changes, "+method.overrides.v_num_grad_steps=3", "metrics.new_tokens=3"):
         assert key(base) != key(composed("edits=4", change)), change
     assert job_folder(base).parent == Path("results/board/jobs")
@@ -241,18 +240,13 @@ def test_everything_that_cannot_be_run_is_told_in_a_sentence_each(tmp_path: Path
     assert len(unfinished(tmp_path / "x")) == 3
 
 
-def test_a_data_set_without_a_file_is_told(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "evaluation.run", f"out={tmp_path}", "run=x", "dataset=zsre"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "did not finish" in line]
-    assert ": dataset.path is not set" in line
+def test_a_data_set_without_a_file_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^dataset\.path is not set"):
+        composed("dataset=zsre")
 
 
 def test_what_another_process_is_writing_is_not_forgotten(tmp_path: Path) -> None:
-    """A worker outlives the command that began it; `again=true` would mix two runs in one folder."""
+    """`again=true` would mix two runs in one folder."""
     told = composed("edits=4", f"out={tmp_path}", "again=true")
     folder = job_folder(told)
     (folder / "phases").mkdir(parents=True)
