@@ -74,11 +74,13 @@ def _on_top(rank: int) -> float:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    names = list(dict.fromkeys(row.method for row in rows))
-    return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(sorted(names))
-    }
+    styles: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(sorted({row.method for row in rows})):
+        again, colour = divmod(i, len(COLOURS))
+        styles[name] = {"color": COLOURS[colour], "marker": MARKERS[i % len(MARKERS)]}
+        if again:  # hollow and dashed, beside the one that has the colour already
+            styles[name] |= {"linestyle": "--", "markerfacecolor": "white"}
+    return styles
 
 
 def _legend(axes: Any, beside: Any) -> None:
