@@ -100,6 +100,8 @@ def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
             axis.set_xticks(places, [str(value_of(row, name)) for row in known])
         elif min(places) > 0 and max(places) / min(places) > 20:
             axis.set_xscale("log")
+        else:
+            axis.set_xticks(places, [f"{place:g}" for place in places])
     left.set_ylim(-0.02, 1.04)
     left.set_title(title.replace(", ", "\n", 1), loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
@@ -145,6 +147,7 @@ def draw_key_token(found: dict[str, dict[int, tuple[float, float]]], path: Path)
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         axes[0].plot(list(steps), [key for key, _ in steps.values()], label=f"layer {layer}", **style)
         axes[0].plot(list(steps), [rest for _, rest in steps.values()], linestyle=":", **style)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set(xlabel="edits so far", ylabel="z of ||Δk||")
     axes[0].set_title("Subject's last token (solid), mean of the others (dotted)", loc="left", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
