@@ -126,6 +126,7 @@ def targets_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("scope", "changed"),
@@ -202,6 +203,7 @@ def test_an_edit_makes_the_model_say_the_target_and_keep_saying_it(
         assert state.delta.isfinite().all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_remembering_earlier_batches_keeps_their_edits_where_forgetting_loses_them(taught: Start, case: str) -> None:
     kept = {}
@@ -637,6 +639,7 @@ def test_generation_in_a_padded_batch_says_what_generation_alone_says(taught: St
 # --- how the residual is spread --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @LEVERAGE  # the z-score's thresholds move after the last write
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 @pytest.mark.parametrize("layers", [[0, 1, 2], [1, 3]])
@@ -662,6 +665,7 @@ def test_with_boundary_spread_the_first_and_the_last_layer_each_reach_a_target_o
     assert zoo.relative(at_first.values, at_last.values) > 0.1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_with_boundary_spread_the_first_layers_targets_count_on_the_edits_above_it(
     start: Start, targets_of: list[Any], facts: Facts, case: str
@@ -1024,6 +1028,7 @@ def test_an_update_that_is_no_number_is_not_written(start: Start, facts: Facts) 
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [("llama", torch.float32), ("gpt2", torch.float32), ("llama-tied", torch.float32), ("llama", torch.bfloat16)],
@@ -1047,6 +1052,7 @@ def test_every_earlier_state_comes_back_bit_by_bit(start: Start, facts: Facts, c
     assert same(answers(session), seen[3][1])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_a_restored_state_decides_every_token_as_it_did(start: Start, facts: Facts, case: str) -> None:
     session = start(case, **EASY)
@@ -1185,6 +1191,7 @@ def test_restoring_inside_disabled_is_not_undone_at_its_end(start: Start, facts:
         assert same(answers(session), base)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("use_hooks", [True, False])
 def test_what_is_edited_inside_disabled_shows_when_its_body_ends_and_not_before(
     start: Start, facts: Facts, use_hooks: bool

@@ -153,6 +153,7 @@ def test_a_fact_that_fails_while_it_is_written_is_named_by_its_line(
     assert run("inspect", str(work / "edits"))[1]["in_force"] == 2
 
 
+@pytest.mark.once
 def test_a_subject_outside_the_scope_is_told_by_its_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hidden = {"prompt": "The best dish", "subject": "The", "target_new": "Rome"}  # as every other first "The"
     write(work, [zoo.FACTS[0], "", "", hidden])

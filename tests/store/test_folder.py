@@ -692,6 +692,7 @@ def exchange(folder: Path, role: str, data: bytes) -> None:
     rewrite(folder, files=config["files"] | {role: told})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"[]\n", b'{"id": 1}\n'], ids=repr)
 @pytest.mark.parametrize("role", ["hook_layers", "memory", "ledger"])
 def test_a_file_made_by_somebody_who_knows_the_checksums_is_refused_too(
