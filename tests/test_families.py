@@ -110,7 +110,7 @@ def test_undone_edits_leave_the_model_bit_for_bit_as_it_was(
     one = tiny(case, dtype=dtype)
     untouched, said = appearance(one), answers(one, tokenizer)
     for kind in ({"scope": "leverage"}, {"scope": "zscore"}, {"use_hooks": False}):
-        session = EditSession(one, tokenizer, settings(**kind, v_num_grad_steps=4), progress=False)
+        session = EditSession(one, tokenizer, settings(**kind, v_num_grad_steps=2), progress=False)
         empty = session.state
         session.edit(zoo.FACTS[:2])
         first = session.state

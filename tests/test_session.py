@@ -236,6 +236,7 @@ def test_the_result_of_a_batch_tells_the_thresholds_in_force(start: Start, facts
 EASY = {"v_num_grad_steps": 25, "clamp_norm_factor": 8.0, "v_weight_decay": 0.0, "mom2_update_weight": 0.1}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_neither_batch_order_nor_padding_side_nor_micro_batches_change_what_is_written(
     start: Start, facts: Facts, case: str, scope: str
@@ -721,6 +722,7 @@ def test_a_model_compiled_before_its_first_edit_answers_with_it(start: Start, fa
         assert zoo.relative(compiled(input_ids=ids).logits, base) < 1e-4
 
 
+@pytest.mark.once
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [(0, 1, 2, 3), (1,), (2,)], ids=["every block", "the first edited", "the second"])
 def test_blocks_that_are_compiled_one_by_one_answer_as_before(
@@ -957,6 +959,7 @@ def test_a_batch_that_fails_leaves_model_and_session_as_they_were(
     assert same(answers(session), answers(untroubled))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("scope", "call"), [*[("leverage", call) for call in range(5)], *[("zscore", call) for call in (0, 1, 2, 4, 6)]]
 )
@@ -1068,6 +1071,7 @@ def test_a_restored_state_decides_every_token_as_it_did(start: Start, facts: Fac
     assert any(not torch.equal(one, other) for one, other in zip(seen[0][1], seen[2][1], strict=True))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["llama", "gpt2", "llama-tied"])
 @pytest.mark.parametrize("training", [False, True])
 def test_detaching_leaves_the_model_as_it_was_found(
@@ -1158,6 +1162,7 @@ def test_a_session_that_does_not_fit_leaves_no_trace_on_the_model(tiny: Any, tok
     assert photograph(model) == before
 
 
+@pytest.mark.once
 def test_disabled_is_the_base_model_and_gives_back_what_was_there_before(start: Start, facts: Facts) -> None:
     for use_hooks in (True, False):
         session = start(use_hooks=use_hooks)
@@ -1242,6 +1247,7 @@ def test_a_batch_that_fails_inside_disabled_leaves_the_body_with_the_base_model(
     assert same(answers(session), edited)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("use_hooks", [True, False])
 def test_a_copy_made_inside_disabled_is_not_kept_from_answering(start: Start, facts: Facts, use_hooks: bool) -> None:
     session, other = start(use_hooks=use_hooks), start(use_hooks=use_hooks)
@@ -1329,6 +1335,7 @@ def test_a_copy_that_runs_in_the_middle_of_a_pass_does_not_decide_for_the_origin
     handle.remove()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_changing_the_models_dtype_keeps_the_edits_in_full_precision(
     start: Start, facts: Facts, dtype: torch.dtype
