@@ -1,6 +1,6 @@
 """Scores one file of records with the toolkit's `compute_edit_quality` and with ours; prints where they differ.
 
-    python tests/evaluation/toolkit_equality.py records.json [count]
+    PYTHONPATH=. python tests/evaluation/toolkit_equality.py records.json [count]
 
 One process can hold only one version of the toolkit; `test_toolkit_equality` starts it for each.
 """
