@@ -3,6 +3,7 @@
 An answer's likelihood is the mean over its tokens, as in ROME's evaluation of CounterFact. ES and PS: the share of
 prompts and rephrasings where the new answer beats the old one. NS: the share of neighbours where their true answer
 beats the new one. NKP: the share of neighbours where every token of the answer is said as before the edits.
+A prompt whose two answers are the same does not count: there is nothing to win.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .teacher_forcing import Answer
 
 @dataclass(frozen=True)
 class Success:
-    """Of one record; NaN where it has no such prompt, or no old answer."""
+    """Of one record; NaN where it has no such prompt, or no old answer other than the new one."""
 
     ES: float
     PS: float
@@ -42,7 +43,7 @@ def success(
 
 
 def _wins(pairs: Sequence[tuple[Answer, Answer]]) -> float:
-    return _share([one.nll < other.nll for one, other in pairs])
+    return _share([one.nll < other.nll for one, other in pairs if one.wanted != other.wanted])
 
 
 def _share(values: Sequence[bool]) -> float:

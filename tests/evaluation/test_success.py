@@ -65,3 +65,11 @@ def test_a_neighbour_with_one_other_token_is_not_kept() -> None:
 def test_records_without_an_old_answer_have_no_success() -> None:
     found = success([], [], [], [])
     assert all(map(math.isnan, (found.ES, found.PS, found.NS, found.NKP)))
+
+
+def test_an_old_answer_that_is_the_new_one_can_neither_win_nor_lose() -> None:
+    """ZsRE has such records: they would count against every method."""
+    new, old, same = Answer([1], [5], 0.1), Answer([1], [6], 0.2), Answer([1], [5], 0.1)
+    found = success([(new, same)], [(new, same), (new, old)], [(old, new), (new, same)], [old, new])
+    assert math.isnan(found.ES)
+    assert (found.PS, found.NS, found.NKP) == (1, 0, 1)
