@@ -18,7 +18,7 @@ from coachhook_plugin.hparams import CoachHooKHparams
 
 from ..protocol import EditingMethod
 from .coachhook import CoachHooK
-from .peers import Peer
+from .peers import Peer, peer
 from .settings import COACHHOOK, inner_settings, settings
 from .statistics import toolkit_statistics
 
@@ -50,4 +50,4 @@ def build(
     if config["alg_name"] == COACHHOOK:
         return CoachHooK(CoachHooKHparams.from_dict(config))
     inside = base or inner_settings(config, model)
-    return Peer(config, CoachHooKHparams.from_hparams(statistics or model), folder, inside)
+    return peer(config, CoachHooKHparams.from_hparams(statistics or model), folder, inside)

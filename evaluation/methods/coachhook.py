@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from coachhook_plugin import Request
 from coachhook_plugin.hparams import CoachHooKHparams
 from coachhook_plugin.session import EditSession, SessionState
+from coachhook_plugin.tokens import Encoder
 
 from ..data import Record
 from ..metrics import Asking
@@ -58,8 +60,9 @@ class CoachHooK:
         self.session.restore(state)
 
     @torch.no_grad()
-    def norms(self, prompt: str) -> dict[int, list[float]]:
-        """||Delta k|| of each token of `prompt` at each edited layer, shallower edits in force."""
+    def norms(self, record: Record) -> tuple[dict[int, list[float]], int]:
+        """||Delta k|| of each token of the prompt at each edited layer, shallower edits in force; and the index of the
+        subject's last token."""
         layers = self.session.state.layers
         pattern = self.hparams.rewrite_module_tmp or "model.layers.{}.mlp.down_proj"
         seen: dict[int, list[float]] = {}
@@ -75,9 +78,9 @@ class CoachHooK:
             self.model.get_submodule(pattern.format(layer)).register_forward_pre_hook(note(layer)) for layer in layers
         ]
         try:
-            ids = torch.tensor([self.tokenizer(prompt)["input_ids"]], device=next(self.model.parameters()).device)
-            self.model(input_ids=ids, use_cache=False)
+            row = Encoder(self.tokenizer, None).prompt("", Request(record.prompt, record.subject, record.target_new))
+            self.model(input_ids=torch.tensor([row.ids], device=next(self.model.parameters()).device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
+        return seen, row.subject

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from coachhook_plugin.hparams import CoachHooKHparams
 from coachhook_plugin.shipped import shipped_hparams, shipped_names
 
 COACHHOOK = "CoachHooK"
@@ -61,10 +63,11 @@ def settings(
             f"{found}: hyperparameters of {held}, and {algorithm} was asked for; give method={held.lower()} or "
             "another file"
         )
-    if held != COACHHOOK:  # CoachHooK's own class knows every name it has
-        unknown = sorted(set(changes or {}) - set(config))
-        if unknown:
-            raise ValueError(f"{found}: has no {', '.join(unknown)} to change; it has {', '.join(config)}")
+    # CoachHooK's file may leave out what has a default.
+    known = [field.name for field in dataclasses.fields(CoachHooKHparams)] if held == COACHHOOK else list(config)
+    unknown = sorted(set(changes or {}) - set(known))
+    if unknown:
+        raise ValueError(f"{found}: has no {', '.join(unknown)} to change; it has {', '.join(known)}")
     return {**config, **(changes or {})}
 
 

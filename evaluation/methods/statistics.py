@@ -37,7 +37,8 @@ def share_statistics(model: Any, tokenizer: Any, ours: CoachHooKHparams, theirs:
     source = dataclasses.replace(ours, layers=list(theirs.layers))
     parts = model_parts(model, source)
     with frozen(model):
-        text = partial(text_source, model, tokenizer, source, key_size(parts), source.torch_device())
+        # Where the model is: `ours` may be for another device.
+        text = partial(text_source, model, tokenizer, source, key_size(parts), next(model.parameters()).device)
         found = key_statistics(model, parts, source, text)
     # A folder for each model: the toolkit's file names do not tell models of one name apart.
     theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / model_fingerprint(model))

@@ -15,7 +15,10 @@ from torch import nn
 
 from evaluation.data import Record
 from evaluation.methods import Peer, settings
-from evaluation.methods.peers import CACHES, TEMPLATES, _bytes, _place, _usual_memory
+from evaluation.methods.peers import TEMPLATES
+from evaluation.methods.peers import peer as made
+from evaluation.methods.peers.base import bytes_of
+from evaluation.methods.peers.registry import CACHES, place, usual_memory
 from evaluation.protocol import seed_everything
 
 Start = Callable[..., Peer]
@@ -33,7 +36,12 @@ TINY: dict[str, dict[str, Any]] = {
     "ft": {"layers": [2], "num_steps": 2},
     "ultraedit": {"inner_params": [_PLACE], "lr": 0.01},
     "grace": {"inner_params": [f"{_PLACE}.weight".replace(".2.", "[2].")], "n_iter": 2},
-    "wise": {"inner_params": [f"{_PLACE}.weight".replace(".2.", "[2].")], "n_iter": 2, "act_margin": [0.1, 0.4, 0.2]},
+    "wise": {
+        "inner_params": [f"{_PLACE}.weight".replace(".2.", "[2].")],
+        "n_iter": 2,
+        "act_margin": [0.1, 0.4, 0.2],
+        "save_freq": 2,
+    },  # the second fact fills a shard
 }
 needs_checkout = pytest.mark.skipif(
     not os.environ.get("EASYEDIT_HOME"), reason="set EASYEDIT_HOME to a checkout of EasyEdit"
@@ -49,16 +57,16 @@ def peer(tmp_path: Path, tokenizer: Any) -> Start:
     (tmp_path / "text.txt").write_text(zoo.TEXT, encoding="utf-8")
     ours = zoo.hparams(tmp_path / "text.txt", layers=[1, 2], scope_budget=0.05)
 
-    def start(name: str, **changes: Any) -> Peer:
-        place = {"model_name": str(tmp_path / "tiny-llama")}
+    def start(name: str, path: Path | None = None, **changes: Any) -> Peer:
+        where = {"model_name": str(tmp_path / "tiny-llama")}
         inner = (
             settings(inside, "smollm2-135m", TINY[inside.lower()]) if (inside := changes.pop("inside", None)) else None
         )
-        config = settings(name, "smollm2-135m", {**changes, **place})
+        config = settings(name, "smollm2-135m", {**changes, **where}, path)
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "asked.yaml").write_text(yaml.safe_dump(config))
-        return Peer(config, ours, folder, inner)
+        return made(config, ours, folder, inner)
 
     return start
 
@@ -72,10 +80,22 @@ def record(number: int) -> Record:
     return Record(f"r{number}", fact["prompt"], fact["subject"], fact["target_new"], "Seoul")
 
 
+def answered(method: Peer) -> torch.Tensor:
+    """Logits at the end of each prompt, one row at a time."""
+    rows = []
+    for fact in zoo.FACTS:
+        ids = torch.tensor([method.tokenizer(fact["prompt"])["input_ids"]])
+        if method.asking.at is not None:
+            method.asking.at(ids.shape[1] - 1)
+        with torch.no_grad():
+            rows.append(method.model(input_ids=ids).logits[0, -1])
+    return torch.stack(rows)
+
+
 def test_contexts_are_sampled_before_the_first_batch_and_stay(peer: Start) -> None:
     method = memit(peer)
-    (place,) = [place for place in method.memory if place.endswith(TEMPLATES)]
-    module, name = _place(place)
+    (where,) = [where for where in method.memory if where.endswith(TEMPLATES)]
+    module, name = place(where)
     setattr(module, name, None)  # of another test
     method.prepare()
     sampled = getattr(module, name)
@@ -99,7 +119,24 @@ def test_a_method_that_nobody_described_keeps_its_contexts_and_caches_over_a_kil
     peer: Start, algorithm: str, module: str, names: tuple[str, ...]
 ) -> None:
     memit(peer)
-    assert set(_usual_memory(algorithm)) == {f"{module}:{name}" for name in names}
+    assert set(usual_memory(algorithm)) == {f"{module}:{name}" for name in names}
+
+
+@needs_checkout
+@pytest.mark.parametrize(("name", "file"), [("PMET", "llama-7b"), ("MEMIT-FE", "llama-7b"), ("SPHERE", "llama3-8b")])
+def test_a_method_that_nobody_described_runs_from_the_toolkits_own_file(
+    peer: Start, name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as a worker's folder: the toolkit writes there
+    path = Path(os.environ["EASYEDIT_HOME"]) / "hparams" / name / f"{file}.yaml"
+    method = peer(name, path, device="cpu", **TINY["memit"])
+    method.prepare()
+    before, start = answered(method), method.state()
+    method.edit([record(0), record(1)])
+    written = answered(method)
+    assert not torch.equal(written, before)
+    method.restore(start)
+    assert torch.equal(answered(method), before)
 
 
 def test_going_back_is_refused_where_a_method_has_changed_the_model_itself(peer: Start) -> None:
@@ -124,15 +161,14 @@ def test_memory_counts_every_tensor_once_wherever_it_is_kept() -> None:
     keys = torch.zeros(7, 3)  # 84 bytes, no parameter
     holder = nn.Module()
     holder.layer, holder.keys, holder.view, holder.itself = layer, keys, keys[2:], [holder]
-    assert _bytes(layer) == 60
-    assert _bytes({"a": [holder, keys], "b": (layer.weight, "text", None)}) == 144
+    assert bytes_of(layer) == 60
+    assert bytes_of({"a": [holder, keys], "b": (layer.weight, "text", None)}) == 144
 
 
 @needs_checkout
 @pytest.mark.parametrize("name", TINY)
 def test_a_killed_run_of_any_method_goes_on_as_if_nothing_had_happened(peer: Start, name: str, tmp_path: Path) -> None:
     """Else half of a leaderboard would depend on when a machine was switched off."""
-    prompts = [fact["prompt"] for fact in zoo.FACTS]
 
     def started() -> Peer:
         method = peer(name, **TINY[name])
@@ -145,40 +181,29 @@ def test_a_killed_run_of_any_method_goes_on_as_if_nothing_had_happened(peer: Sta
         seed_everything(number)
         method.edit([record(number)])
 
-    def said(method: Peer) -> torch.Tensor:
-        asking, rows = method.asking, []
-        for prompt in prompts:
-            ids = torch.tensor([method.tokenizer(prompt)["input_ids"]])
-            if asking.at is not None:
-                asking.at(ids.shape[1] - 1)
-            with torch.no_grad():
-                rows.append(method.model(input_ids=ids).logits[0, -1])
-        return torch.stack(rows)
-
     method = started()
-    start, before = method.state(), said(method)
+    start, before = method.state(), answered(method)
     written(method, 0)
     written(method, 1)
     torch.save(method.state(), tmp_path / "state.pt")
     written(method, 3)
-    whole = said(method)
+    whole = answered(method)
     assert not torch.equal(whole, before)
     method.restore(start)
-    assert torch.equal(said(method), before)
+    assert torch.equal(answered(method), before)
     again = started()
     again.restore(torch.load(tmp_path / "state.pt", weights_only=False))
     written(again, 3)
-    assert torch.equal(said(again), whole)
+    assert torch.equal(answered(again), whole)
 
 
 @needs_checkout
 def test_the_keys_that_grace_keeps_are_counted(peer: Start) -> None:
     method = peer("grace", inner_params=["model.layers[2].mlp.down_proj.weight"], n_iter=2)
     method.edit([record(0)])
-    place, name = method._adapter_place()
-    adapter: Any = getattr(place, name)
-    assert method.kept_bytes() >= _bytes([adapter.keys, adapter.values]) > _bytes(adapter.values) > 0
-    assert method.kept_bytes() < _bytes(method.model)
+    adapter: Any = method._adapter()  # type: ignore[attr-defined]
+    assert method.kept_bytes() >= bytes_of([adapter.keys, adapter.values]) > bytes_of(adapter.values) > 0
+    assert method.kept_bytes() < bytes_of(method.model)
 
 
 @needs_checkout
