@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from .leaderboard import Row, load_jobs, row_of
 from .leaderboard.jobs import Job
-from .leaderboard.plots import COLOURS, MARKERS
+from .pictures import COLOURS, MARKERS, new_figure, save_figure
 from .protocol import METRICS
 from .run import slug
 
@@ -75,7 +73,7 @@ def value_of(row: Row, name: str) -> float | str:
 
 def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
     """The scores over what was swept, with intervals, and the perplexity ratio beside them."""
-    figure, (left, right) = _figure(2)
+    figure, ((left, right),) = new_figure(1, 2, 4.6, 3.6)
     known = [row for row in rows if name == "batch_size" or name in row.overrides]
     if words := any(isinstance(value_of(row, name), str) for row in known):
         known.sort(key=lambda row: str(value_of(row, name)))
@@ -106,7 +104,7 @@ def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
     left.set_title(title.replace(", ", "\n", 1), loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -142,34 +140,16 @@ def z_scores(norms: Sequence[float]) -> list[float]:
 
 def draw_key_token(found: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
     """Two lines for each layer: the key token's z, and the mean of the others'."""
-    figure, axes = _figure(1)
+    figure, ((axis,),) = new_figure(1, 1, 4.6, 3.6)
     for i, (layer, steps) in enumerate(sorted(found.items(), key=lambda pair: int(pair[0]))):
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-        axes[0].plot(list(steps), [key for key, _ in steps.values()], label=f"layer {layer}", **style)
-        axes[0].plot(list(steps), [rest for _, rest in steps.values()], linestyle=":", **style)
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set(xlabel="edits so far", ylabel="z of ||Δk||")
-    axes[0].set_title("Subject's last token (solid), mean of the others (dotted)", loc="left", fontsize=10)
-    axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-def _figure(columns: int) -> tuple[Any, Any]:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, 3.6), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=140)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
+        axis.plot(list(steps), [key for key, _ in steps.values()], label=f"layer {layer}", **style)
+        axis.plot(list(steps), [rest for _, rest in steps.values()], linestyle=":", **style)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="edits so far", ylabel="z of ||Δk||")
+    axis.set_title("Subject's last token (solid), mean of the others (dotted)", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def entry_point(
             f"the release's batch_edit scores {method.name}'s `pre` after it has written edits that stay, so that no "
             "locality could be told; say protocol=consecutive, or set EASYEDIT_HOME to a checkout"
         )
+    if name == "batch_edit" and batch_size > 1 and method.name == "FT" and not _of_checkout(editor.batch_edit):
+        raise ValueError(
+            "the release's FT pads the facts of a training step and then learns at the wrong place; say "
+            "protocol=edit, or set EASYEDIT_HOME to a checkout"
+        )
     parts = [records[start : start + size] for start in range(0, len(records), size)]
     if not sequential:
         parts = [answerable(part) for part in parts]

@@ -28,7 +28,7 @@ class Phase:
     """One pass over the probes."""
 
     name: str
-    told: dict[str, Any]  # measured once: edits so far, windows of the held text, seconds of a forward pass
+    header: dict[str, Any]  # measured once: edits so far, windows of the held-out text, seconds of forward passes
     rows: list[dict[str, Any]]  # one for each record
 
 
@@ -41,7 +41,7 @@ class Journal(Protocol):
 
     def batches(self) -> list[dict[str, Any]]: ...
 
-    def keep_batch(self, told: dict[str, Any], state: Callable[[], Any] | None) -> None: ...
+    def keep_batch(self, entry: dict[str, Any], state: Callable[[], Any] | None) -> None: ...
 
     def state(self) -> tuple[int, Any] | None: ...
 
@@ -62,8 +62,8 @@ class Memory:
     def batches(self) -> list[dict[str, Any]]:
         return self.done
 
-    def keep_batch(self, told: dict[str, Any], state: Callable[[], Any] | None) -> None:
-        self.done.append(told)
+    def keep_batch(self, entry: dict[str, Any], state: Callable[[], Any] | None) -> None:
+        self.done.append(entry)
 
     def state(self) -> tuple[int, Any] | None:
         return None
@@ -86,11 +86,11 @@ class Folder:
         file = self._phase_file(name)
         if not file.is_file():
             return None
-        told, *rows = read_lines(file)
-        return Phase(name, told, rows)
+        header, *rows = read_lines(file)
+        return Phase(name, header, rows)
 
     def keep(self, phase: Phase) -> None:
-        write_lines(self._phase_file(phase.name), [phase.told, *phase.rows])
+        write_lines(self._phase_file(phase.name), [phase.header, *phase.rows])
 
     def phases(self) -> list[str]:
         """Names of the phases that are there."""
@@ -100,8 +100,8 @@ class Folder:
         file = self.path / "batches.jsonl"
         return read_lines(file) if file.is_file() else []
 
-    def keep_batch(self, told: dict[str, Any], state: Callable[[], Any] | None) -> None:
-        done = [*self.batches(), told]
+    def keep_batch(self, entry: dict[str, Any], state: Callable[[], Any] | None) -> None:
+        done = [*self.batches(), entry]
         write_lines(self.path / "batches.jsonl", done)
         if state is not None and self.snapshots and len(done) % self.snapshots == 0:
             held = {"batches": len(done), "state": state()}
@@ -115,9 +115,10 @@ class Folder:
         found = torch.load(self._state_file, weights_only=False)
         return found["batches"], found["state"]
 
-    def forget_state(self) -> None:
-        """The run is complete: nothing will build on its state."""
-        self._state_file.unlink(missing_ok=True)
+    def forget_scratch(self) -> None:
+        """The run is complete: nothing will build on its state, nor on tensors that a method kept beside it."""
+        for file in self.path.glob("*.pt"):
+            file.unlink()
 
     @property
     def _state_file(self) -> Path:

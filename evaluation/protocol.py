@@ -32,10 +32,12 @@ from .metrics import (
     Asking,
     agreement,
     answers,
-    forward_costs,
+    forward_seconds,
     generate,
+    mean_of_known,
     perplexity_of,
     room_for,
+    wait,
     window_losses,
 )
 
@@ -49,6 +51,11 @@ class EditingMethod(Protocol):
     name: str
     model: nn.Module
     tokenizer: Any
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether it writes the facts of a batch one after another."""
+        ...
 
     @property
     def asking(self) -> Asking:
@@ -91,7 +98,7 @@ class Plan:
     rivals: bool = False  # also read the answers that success scores compare with
     # At the beginning and the end of a run, and of every single round; what is scored on the way has no use for them:
     new_tokens: int = 0  # of free generation for every edited prompt, more where the answer is longer; 0: none
-    forward_repeats: int = 0  # forward passes that are timed; 0: none
+    forward_repeats: int = 0  # forward passes that are timed, the unedited and the edited model in turn; 0: none
     held_window: int = 512
     held_tokens: int = 4096
     seed: int = 0
@@ -121,9 +128,9 @@ class Reading:
         return {name: [[a.said, a.wanted, _rounded(a.nll)] for a in getattr(self, name)] for name in _GROUPS}
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Reading:
+    def from_dict(cls, row: dict[str, Any]) -> Reading:
         """What `to_dict` gave, from a mapping that may hold more."""
-        groups = {name: told.get(name, []) for name in _GROUPS}
+        groups = {name: row.get(name, []) for name in _GROUPS}
         return cls(
             **{
                 name: [Answer(said, wanted, math.nan if nll is None else nll) for said, wanted, nll in group]
@@ -175,7 +182,7 @@ def run(method: EditingMethod, records: Sequence[Record], plan: Plan, journal: J
     the newest state it holds.
     """
     method.prepare()
-    start = method.state() if plan.reset else None
+    start = method.state() if plan.reset or plan.forward_repeats else None
     if journal.phase(BEFORE) is None:
         journal.keep(measure(method, records, plan, BEFORE, 0))
     done = _resumed(method, journal, plan)
@@ -191,10 +198,10 @@ def run(method: EditingMethod, records: Sequence[Record], plan: Plan, journal: J
                 _edit(method, batch, number, plan, journal)
                 bar.update(len(batch))
             if plan.reset:
-                journal.keep(measure(method, answerable(batch), plan, batch_phase(number), len(batch)))
+                journal.keep(measure(method, answerable(batch), plan, batch_phase(number), len(batch), start))
             elif is_step(reached, len(records), plan) and journal.phase(after_phase(reached)) is None:
                 asked = plan if reached == len(records) else replace(plan, new_tokens=0, forward_repeats=0)
-                journal.keep(measure(method, records[:reached], asked, after_phase(reached), reached))
+                journal.keep(measure(method, records[:reached], asked, after_phase(reached), reached, start))
 
 
 def _resumed(method: EditingMethod, journal: Journal, plan: Plan) -> int:
@@ -214,18 +221,18 @@ def _edit(method: EditingMethod, batch: Sequence[Record], number: int, plan: Pla
     reset_peak(device)
     started = time.perf_counter()
     method.edit(batch)
-    _wait()
+    wait(device)
     seconds = time.perf_counter() - started
-    known = {told["batch"] for told in journal.batches()}
+    known = {entry["batch"] for entry in journal.batches()}
     if number not in known:  # a batch made again has its time already
-        told = {
+        entry = {
             "batch": number,
             "edits": len(batch),
             "seconds": seconds,
             "kept_megabytes": method.kept_bytes() / 2**20,
             "peak_megabytes": peak_megabytes(device),
         }
-        journal.keep_batch(told, None if plan.reset else method.state)
+        journal.keep_batch(entry, None if plan.reset else method.state)
 
 
 def _batches(records: Sequence[Record], size: int) -> Iterator[tuple[int, Sequence[Record], int]]:
@@ -251,8 +258,10 @@ def batch_phase(number: int) -> str:
     return f"batch-{number:06d}"
 
 
-def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: str, edits: int) -> Phase:
-    """Read every probe of `records` and the held text."""
+def measure(
+    method: EditingMethod, records: Sequence[Record], plan: Plan, name: str, edits: int, start: Any = None
+) -> Phase:
+    """Read every probe of `records` and the held-out text; `start` is the method's state before any edit."""
     model, tokenizer, asking = method.model, method.tokenizer, method.asking
     readings = read(model, tokenizer, records, f"scores {name}", plan.rivals, asking)
     rows: list[dict[str, Any]] = [
@@ -267,14 +276,31 @@ def measure(method: EditingMethod, records: Sequence[Record], plan: Plan, name: 
     if plan.extra is not None and name != BEFORE:
         for row, more in zip(rows, plan.extra(method, records), strict=True):
             row.update(more)
-    told: dict[str, Any] = {"phase": name, "edits": edits, "records": len(records)}
+    header: dict[str, Any] = {"phase": name, "edits": edits, "records": len(records)}
     if plan.held_text:
+        # Running text has no prompt, so a method that must be told where that ends has no perplexity.
         held = (plan.held_text, plan.held_tokens, plan.held_window)
-        told["held"] = window_losses(model, tokenizer, *held, asking=asking)
-        told["forward_costs"] = forward_costs(
-            model, tokenizer, plan.held_text, repeats=plan.forward_repeats, asking=asking
-        ) if plan.forward_repeats else []  # fmt: skip
-    return Phase(name, told, rows)
+        header["held"] = window_losses(model, tokenizer, *held) if asking.at is None else []
+    if plan.held_text and plan.forward_repeats and start is not None:
+        header["forward_seconds"] = forward_pairs(method, start, plan)
+    return Phase(name, header, rows)
+
+
+def forward_pairs(method: EditingMethod, start: Any, plan: Plan) -> list[tuple[float, float]]:
+    """Seconds of a forward pass, of the edited and of the unedited model, `forward_repeats` times in turn.
+
+    In turn, because on a machine that others use too, times before the edits and hours later do not compare.
+    """
+    edited, found = method.state(), []
+    for _ in range(plan.forward_repeats):
+        try:
+            method.restore(start)
+        except ValueError:  # it has put modules of its own into the model
+            return []
+        before = forward_seconds(method.model, method.tokenizer, plan.held_text, asking=method.asking)
+        method.restore(edited)
+        found.append((forward_seconds(method.model, method.tokenizer, plan.held_text, asking=method.asking), before))
+    return found
 
 
 def consecutive(
@@ -305,11 +331,11 @@ def consecutive(
         ],
         before=mean_scores([b for b, _ in scores]),
         after=mean_scores([a for _, a in scores]),
-        perplexity_before=perplexity_of(old.told["held"]),
-        perplexity_after=perplexity_of(new.told["held"]),
-        seconds_per_edit=sum(told["seconds"] for told in journal.done) / len(records),
+        perplexity_before=perplexity_of(old.header["held"]),
+        perplexity_after=perplexity_of(new.header["held"]),
+        seconds_per_edit=sum(entry["seconds"] for entry in journal.done) / len(records),
         kept_megabytes=method.kept_bytes() / 2**20,
-        peak_megabytes=max(told["peak_megabytes"] for told in journal.done),
+        peak_megabytes=max(entry["peak_megabytes"] for entry in journal.done),
         samples=[
             {"prompt": record.prompt, "target": record.target_new, "before": b, "after": a}
             for record, b, a in zip(spread, said_before, said_after, strict=True)
@@ -354,17 +380,18 @@ def read(
 
 def score(before: Reading, after: Reading) -> Scores:
     """The toolkit's four scores of one record; with `after` equal to `before`, those of the unedited model."""
+    kept = [agreement(b.said, a.said) for b, a in zip(before.locality, after.locality, strict=True)]
     return Scores(
-        reliability=_mean([answer.accuracy for answer in after.prompt]),
-        generality=_mean([answer.accuracy for answer in after.rephrases]),
-        locality=_mean([agreement(b.said, a.said) for b, a in zip(before.locality, after.locality, strict=True)]),
-        portability=_mean([answer.accuracy for answer in after.portability]),
+        reliability=mean_of_known([answer.accuracy for answer in after.prompt]),
+        generality=mean_of_known([answer.accuracy for answer in after.rephrases]),
+        locality=mean_of_known(kept),
+        portability=mean_of_known([answer.accuracy for answer in after.portability]),
     )
 
 
 def mean_scores(scores: Sequence[Scores]) -> dict[str, float]:
     """Mean of each score over the records that have it."""
-    return {name: _mean([getattr(one, name) for one in scores]) for name in METRICS}
+    return {name: mean_of_known([getattr(one, name) for one in scores]) for name in METRICS}
 
 
 def seed_everything(seed: int) -> None:
@@ -399,17 +426,6 @@ def _texts(tokenizer: Any, reading: Reading) -> dict[str, list[str]]:
         name: [tokenizer.decode(answer.said).strip() for answer in getattr(reading, name)]
         for name in ("prompt", "rephrases", "locality", "portability")
     }
-
-
-def _wait() -> None:
-    """Until the device has done what was asked of it: times are wall clock."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _known(scores: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ process of its own. `results/<run>/jobs/` gets a folder for each combination, na
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from .methods.settings import inner_settings, settings
 from .sources import load_dataset
 
 CONF = Path(__file__).parent / "conf"
-# What changes no figure of a run, and so is no part of its name.
+# What changes no score of a run, and so is no part of its name.
 FREE = ("run", "out", "snapshots", "threads", "again")
 # Files are known by their content, wherever they lie.
 PLACES = ("path", "file", "split")
@@ -39,51 +40,69 @@ IN_USE = "another process is at work in its folder; wait for it, or end it"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> None:
+def main(given: DictConfig) -> None:
     """One combination. What cannot be run is told at the end, so that the others of a sweep are."""
     try:
-        told = resolved(config)
+        config = resolved(given)
     except Exception as error:  # Hydra would end the sweep without a leaderboard
         known = isinstance(error, ValueError | OSError)  # says by itself what is wrong
         asked = HydraConfig.get().job.override_dirname
         name = "-".join(filter(None, (slug(asked)[:80], _digest(asked), "refused")))
-        _fail(Path(config.out) / config.run / "jobs" / name, f"{'' if known else f'{type(error).__name__}: '}{error}")
+        _fail(Path(given.out) / given.run / "jobs" / name, f"{'' if known else f'{type(error).__name__}: '}{error}")
     else:
-        run_job(told)
+        run_job(config)
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration with everything that it refers to in it: hyperparameters, and the checksum of the data."""
-    told: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    method, model = told["method"], told["model"]
+def resolved(given: DictConfig) -> dict[str, Any]:
+    """The configuration with everything that it refers to in it: hyperparameters, and the checksum of the data.
+
+    Raises:
+        ValueError: something in it cannot be done.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    method, model = config["method"], config["model"]
     changes = {**method.pop("settings"), **method["overrides"]}
     if method["name"] == "coachhook":  # its hyperparameters have a seed of their own
-        changes.setdefault("seed", told["seed"])
+        changes.setdefault("seed", config["seed"])
     if model["device"] is not None:
         changes["device"] = model["device"]
+    check_protocol(config)
     own = method.pop("hparams")
     if own:
         method["file"] = Path(own).name
-    told["hparams"] = settings(method["name"], model["name"], changes, own)
-    data = load_dataset(edits=told["edits"], **told["dataset"])
-    told["dataset"] = {**told["dataset"], "checksum": data.checksum, "skipped": data.skipped}
-    if told["held_text"]:
-        told["held_checksum"] = hashlib.sha256(Path(told["held_text"]).read_bytes()).hexdigest()
-    told["base_hparams"] = inner_settings(told["hparams"], model["name"], method.pop("base_hparams", None))
-    texts = texts_of(told)
+    config["hparams"] = settings(method["name"], model["name"], changes, own)
+    data = load_dataset(edits=config["edits"], **config["dataset"])
+    config["dataset"] = {**config["dataset"], "checksum": data.checksum, "skipped": data.skipped}
+    if config["held_text"]:
+        config["held_checksum"] = hashlib.sha256(Path(config["held_text"]).read_bytes()).hexdigest()
+    config["base_hparams"] = inner_settings(config["hparams"], model["name"], method.pop("base_hparams", None))
+    texts = texts_of(config)
     if texts:
-        told["texts"] = texts
-    told["toolkit"] = "checkout" if os.environ.get("EASYEDIT_HOME") else "release"
-    return told
+        config["texts"] = texts
+    config["toolkit"] = "checkout" if os.environ.get("EASYEDIT_HOME") else "release"
+    return config
 
 
-def texts_of(told: dict[str, Any]) -> dict[str, str]:
+def check_protocol(config: dict[str, Any]) -> None:
+    """Raises ValueError where the steps are not among the edits, or scores are asked of a method that has none."""
+    protocol, edits = config["protocol"], config["edits"]
+    every, steps = protocol.get("every"), protocol.get("evaluate_at", [])
+    if every is not None and every < 1:
+        raise ValueError(f"protocol.every is {every}; give a number of edits, from 1 on, or null")
+    if any(not 1 <= step <= edits for step in steps):
+        raise ValueError(f"protocol.evaluate_at is {steps}; give numbers of edits, from 1 to {edits} (edits)")
+    if protocol.get("key_scores") and config["method"]["name"] != "coachhook":
+        name = config["method"]["label"]
+        raise ValueError(f"protocol.key_scores is for CoachHooK; {name} has no hook layers: say key_scores=false")
+
+
+def texts_of(config: dict[str, Any]) -> dict[str, str]:
     """Checksums of the files that the key statistics are made from, where a user gives files of their own."""
-    statistics = told["model"]["statistics"]
+    statistics = config["model"]["statistics"]
     shared = yaml.safe_load(Path(statistics).read_text(encoding="utf-8")) if _is_file(statistics) else {}
     named = {
         "statistics": statistics,
-        "mom2_dataset": told["hparams"].get("mom2_dataset"),
+        "mom2_dataset": config["hparams"].get("mom2_dataset"),
         "statistics.mom2_dataset": shared.get("mom2_dataset"),
     }
     files = {name: Path(path) for name, path in named.items() if _is_file(path)}
@@ -94,23 +113,36 @@ def _is_file(name: Any) -> bool:
     return isinstance(name, str) and Path(name).is_file()
 
 
-def key(told: dict[str, Any]) -> str:
+def key(config: dict[str, Any]) -> str:
     """A short name for everything that a user sets of what a job's figures depend on: not for versions of programs."""
-    kept = {name: value for name, value in told.items() if name not in (*FREE, "held_text")}
+    kept = {name: value for name, value in by_name(config).items() if name not in (*FREE, "held_text")}
     kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
     return _digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def by_name(config: dict[str, Any]) -> dict[str, Any]:
+    """Texts for key statistics by their files' names: what is in them stands in the configuration as a checksum."""
+    kept = copy.deepcopy(config)
+    for holder, name in (
+        (kept["model"], "statistics"),
+        (kept["hparams"], "mom2_dataset"),
+        (kept["method"]["overrides"], "mom2_dataset"),
+    ):
+        if _is_file(holder.get(name)):
+            holder[name] = Path(holder[name]).name
+    return kept
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def job_folder(told: dict[str, Any]) -> Path:
+def job_folder(config: dict[str, Any]) -> Path:
     """Where a job's results are."""
-    parts = (told["method"]["label"], told["dataset"]["name"], told["protocol"]["name"])
+    parts = (config["method"]["label"], config["dataset"]["name"], config["protocol"]["name"])
     name = "-".join(map(slug, parts))
-    size = f"{told['edits']}x{told['batch_size']}"
-    return Path(told["out"]) / told["run"] / "jobs" / f"{name}-{size}-{key(told)}"
+    size = f"{config['edits']}x{config['batch_size']}"
+    return Path(config["out"]) / config["run"] / "jobs" / f"{name}-{size}-{key(config)}"
 
 
 def slug(text: str) -> str:
@@ -118,24 +150,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def run_job(told: dict[str, Any]) -> None:
+def run_job(config: dict[str, Any]) -> None:
     """Run one combination in a process of its own, unless its results are there.
 
     A failure is written beside the results and told at the end (`leaderboard.AtTheEnd`), so that a sweep goes on.
     """
-    folder = job_folder(told)
-    if told["again"] and not emptied(folder):
+    folder = job_folder(config)
+    if config["again"] and not emptied(folder):
         _fail(folder, IN_USE)
         return
     if (folder / DONE).is_file():
         print(f"{folder.name}: done already", flush=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(shareable(told), sort_keys=False), encoding="utf-8")
+    (folder / CONFIG).write_text(yaml.safe_dump(shareable(config), sort_keys=False), encoding="utf-8")
     (folder / FAILED).unlink(missing_ok=True)
     print(f"{folder.name}", flush=True)
     command = [sys.executable, "-m", "evaluation.worker", str(folder)]
-    given = json.dumps({**told, "parent": os.getpid()})
+    given = json.dumps({**config, "parent": os.getpid()})
     done = subprocess.run(command, input=given, text=True, env=_environment())
     if done.returncode == BUSY:
         _fail(folder, IN_USE)
@@ -164,13 +196,16 @@ def _fail(folder: Path, why: str) -> None:
     (folder / FAILED).write_text(f"{why}\n", encoding="utf-8")
 
 
-def shareable(told: dict[str, Any]) -> dict[str, Any]:
+def shareable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without the folders of this machine: files by their names."""
-    kept = {name: value for name, value in told.items() if name != "out"}
+    kept = {name: value for name, value in by_name(config).items() if name != "out"}
     kept["held_text"] = kept["held_text"] and Path(kept["held_text"]).name
     path = kept["dataset"]["path"]
     if path and Path(path).expanduser().exists():
-        kept["dataset"] = {**kept["dataset"], "path": Path(path).name}
+        kept["dataset"]["path"] = Path(path).name
+    for of in (kept["hparams"], kept["method"]["overrides"]):
+        if "model_name" in of and Path(of["model_name"]).is_dir():
+            of["model_name"] = Path(of["model_name"]).name
     return kept
 
 

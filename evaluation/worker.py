@@ -25,7 +25,7 @@ from coachhook_plugin.cache import write_whole
 from .data import Record, load_facts
 from .entry_points import ENTRY_POINTS, entry_point, toolkit_shape
 from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder
-from .methods import build
+from .methods import CoachHooK, Peer, build
 from .protocol import EditingMethod, Plan, run, seed_everything
 from .sources import Dataset, load_dataset
 
@@ -35,8 +35,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "easyeditor", "coach
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    told = json.load(sys.stdin)
-    if parent := told.pop("parent", None):
+    config = json.load(sys.stdin)
+    if parent := config.pop("parent", None):
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     lock = FileLock(folder / LOCK)
     try:
@@ -44,7 +44,7 @@ def main() -> None:
     except Timeout:
         sys.exit(BUSY)
     try:
-        work(told, folder)
+        work(config, folder)
     except Exception as error:
         known = isinstance(error, ValueError)  # says by itself what is wrong
         text = f"{error}\n" if known else f"{type(error).__name__}: {error} (see {FAILED} in its folder)\n"
@@ -52,43 +52,43 @@ def main() -> None:
         sys.exit(1)
 
 
-def work(told: dict[str, Any], folder: Path) -> None:
-    """Run what `told` says; leaves `done.json` as the last thing."""
-    if told["threads"]:
-        torch.set_num_threads(told["threads"])
-    given = {name: value for name, value in told["dataset"].items() if name not in ("checksum", "skipped")}
-    data = load_dataset(edits=told["edits"], **given)
-    held = (Path(told["held_text"]) if told["held_text"] else HELD_TEXT).read_text(encoding="utf-8")
-    settle_paths(told)
+def work(config: dict[str, Any], folder: Path) -> None:
+    """Run what `config` says; leaves `done.json` as the last thing."""
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    given = {name: value for name, value in config["dataset"].items() if name not in ("checksum", "skipped")}
+    data = load_dataset(edits=config["edits"], **given)
+    held = (Path(config["held_text"]) if config["held_text"] else HELD_TEXT).read_text(encoding="utf-8")
+    settle_paths(config)
     write(folder / RECORDS, [asdict(record) for record in data.records])
-    write(folder / ABOUT, with_earlier(about(told, data), folder / ABOUT))
+    write(folder / ABOUT, with_earlier(about(config, data), folder / ABOUT))
     os.chdir(folder)  # the toolkit writes its logs into the working directory
-    seed_everything(told["seed"])
+    seed_everything(config["seed"])
     method = build(
-        told["method"]["name"],
-        told["model"]["name"],
+        config["method"]["name"],
+        config["model"]["name"],
         folder,
-        told["hparams"],
-        told["model"]["statistics"],
-        told["base_hparams"],
+        config["hparams"],
+        config["model"]["statistics"],
+        config["base_hparams"],
     )
-    if getattr(method, "algorithm", "") == "WISE":
+    if isinstance(method, Peer) and method.wants_loc_prompts:
         method.loc_prompts = left_alone(data)
-    protocol = told["protocol"]
-    journal = Folder(folder, told["snapshots"])
+    protocol = config["protocol"]
+    journal = Folder(folder, config["snapshots"])
     if protocol["name"] in ENTRY_POINTS:
         method.prepare()  # else the time of its first edit holds it
-        seed_everything(told["seed"])
-        found = entry_point(method, data.records, protocol["name"], told["batch_size"], protocol["sequential"])
+        seed_everything(config["seed"])
+        found = entry_point(method, data.records, protocol["name"], config["batch_size"], protocol["sequential"])
         write(folder / TOOLKIT, found)
     else:
-        run(method, data.records, plan(told, held), journal)
+        run(method, data.records, plan(config, held), journal)
         if protocol["name"] == "consecutive":
             write(folder / TOOLKIT, toolkit_shape(data.records, journal))
-    one_by_one = protocol["name"] == "edit" or getattr(method, "one_by_one", False)
+    one_by_one = protocol["name"] == "edit" or (protocol["name"] != "single" and method.one_by_one)
     finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else told["batch_size"]})
-    journal.forget_state()
+    write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else config["batch_size"]})
+    journal.forget_scratch()
     (folder / FAILED).unlink(missing_ok=True)  # of a call that found this one at work
 
 
@@ -99,47 +99,41 @@ def end_with(parent: int) -> None:
     os._exit(1)  # as a kill would: what is written so far, the next call goes on from
 
 
-def settle_paths(told: dict[str, Any]) -> None:
+def settle_paths(config: dict[str, Any]) -> None:
     """Files and folders that are named from where the command was given; the worker moves elsewhere."""
     for holder, names in (
-        (told["hparams"], ("model_name", "mom2_dataset", "stats_dir")),
-        (told["model"], ("statistics",)),
+        (config["hparams"], ("model_name", "mom2_dataset", "stats_dir")),
+        (config["model"], ("statistics",)),
     ):
         for name in names:
             if isinstance(holder.get(name), str) and Path(holder[name]).exists():
                 holder[name] = str(Path(holder[name]).resolve())
 
 
-def plan(told: dict[str, Any], held: str) -> Plan:
+def plan(config: dict[str, Any], held: str) -> Plan:
     """The protocol of a configuration."""
-    protocol, metrics = told["protocol"], told["metrics"]
-    every = range(protocol["every"], told["edits"] + 1, protocol["every"]) if protocol["every"] else ()
+    protocol, metrics = config["protocol"], config["metrics"]
+    every = protocol.get("every")
+    steps = (*protocol.get("evaluate_at", ()), *(range(every, config["edits"] + 1, every) if every else ()))
     return Plan(
-        batch_size=told["batch_size"],
+        batch_size=config["batch_size"],
         held_text=held,
         reset=protocol["name"] == "single",
-        evaluate_at=(*protocol["evaluate_at"], *every),
+        evaluate_at=steps,
         rivals=metrics["success"],
         new_tokens=metrics["new_tokens"],
         forward_repeats=metrics["forward_repeats"],
         held_window=metrics["held_window"],
         held_tokens=metrics["held_tokens"],
-        seed=told["seed"],
-        extra=key_scores if protocol["key_scores"] else None,
+        seed=config["seed"],
+        extra=key_scores if protocol.get("key_scores") else None,
     )
 
 
 def key_scores(method: EditingMethod, records: Sequence[Record]) -> list[dict[str, Any]]:
     """||Delta k|| of every token of each edited prompt by layer, and which token is the subject's last."""
-    norms = getattr(method, "norms", None)
-    if norms is None:
-        raise ValueError(f"protocol.key_scores is for CoachHooK; {method.name} has no hook layers")
-    rows = []
-    for record in records:
-        before = record.prompt[: record.prompt.index(record.subject) + len(record.subject)]
-        place = len(method.tokenizer(before)["input_ids"]) - 1
-        rows.append({"norms": norms(record.prompt), "subject": place})
-    return rows
+    assert isinstance(method, CoachHooK)  # `run.resolved` has seen to it
+    return [{"norms": norms, "subject": place} for norms, place in map(method.norms, records)]
 
 
 def left_alone(data: Dataset) -> list[str]:
@@ -159,22 +153,22 @@ def left_alone(data: Dataset) -> list[str]:
     )
 
 
-def about(told: dict[str, Any], data: Dataset) -> dict[str, Any]:
+def about(config: dict[str, Any], data: Dataset) -> dict[str, Any]:
     """What the figures were made with."""
-    asked = told["hparams"].get("device")
+    asked = config["hparams"].get("device")
     on_cuda = torch.cuda.is_available() and asked not in ("cpu", "mps")
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    if told["toolkit"] == "checkout":  # then the installed release, if there is one, is not what ran
+    if config["toolkit"] == "checkout":  # then the installed release, if there is one, is not what ran
         del versions["easyeditor"]
     return {
         "versions": versions,
-        "toolkit": told["toolkit"],
-        "toolkit_commit": _commit(os.environ.get("EASYEDIT_HOME")) if told["toolkit"] == "checkout" else None,
+        "toolkit": config["toolkit"],
+        "toolkit_commit": _commit(os.environ.get("EASYEDIT_HOME")) if config["toolkit"] == "checkout" else None,
         "project_commit": _commit(str(Path(__file__).parent.parent)),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if on_cuda else str(asked),
         "threads": torch.get_num_threads(),
-        "seed": told["seed"],
+        "seed": config["seed"],
         "data": {"name": data.name, "sha256": data.checksum, "skipped": data.skipped},
     }
 

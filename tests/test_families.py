@@ -17,6 +17,7 @@ from coachhook_plugin.trace import captured
 
 EVERY = pytest.mark.parametrize("case", zoo.EVERY)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+BIT_FOR_BIT = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.once)])
 SCOPES = pytest.mark.parametrize("scope", ["leverage", "zscore"])
 OTHER = ["The old man stands in the city", "Many books were read"]
 
@@ -102,7 +103,7 @@ def test_an_edit_makes_the_new_target_likely(
     assert all(p.dtype == dtype for p in session.model.parameters())
 
 
-@DTYPES
+@BIT_FOR_BIT
 @EVERY
 def test_undone_edits_leave_the_model_bit_for_bit_as_it_was(
     case: str, dtype: torch.dtype, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any

@@ -44,8 +44,8 @@ def build(folder: Path) -> list[Row]:
     jobs = [job for _, job in found]
     edited = told_apart([row for row, _ in found], jobs)
     rows = sorted([*edited, *_unedited(edited, jobs, firsts)], key=_order)
-    told = [row.to_dict() for row in rows]
-    (folder / "leaderboard.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    listed = json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
+    (folder / "leaderboard.json").write_text(f"{listed}\n", encoding="utf-8")
     (folder / "leaderboard.csv").write_text(table(rows), encoding="utf-8")
     different = mixed(jobs)
     note = f"\nNot all of these rows were made alike: {different}.\n" if different else ""
@@ -77,12 +77,12 @@ def _order(row: Row) -> tuple[Any, ...]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as CSV: each metric, then the ends of its interval."""
     text = io.StringIO()
-    told = [row.to_dict() for row in rows]
-    names = [name for name in told[0] if not name.endswith("_interval") and name not in COLUMNS]
+    listed = [row.to_dict() for row in rows]
+    names = [name for name in listed[0] if not name.endswith("_interval") and name not in COLUMNS]
     head = [*names, *(part for name in COLUMNS for part in (name, f"{name}_low", f"{name}_high"))]
     lines = csv.DictWriter(text, head, lineterminator="\n")
     lines.writeheader()
-    for row in told:
+    for row in listed:
         plain = {name: json.dumps(row[name]) if isinstance(row[name], dict) else row[name] for name in names}
         for name in COLUMNS:
             low, high = row[f"{name}_interval"] or (None, None)
@@ -111,7 +111,7 @@ def cell(row: Row, name: str, interval: bool = True) -> str:
     if value != value:
         return ""
     digits = 1 if name in ("seconds_per_edit", "peak_megabytes", "kept_megabytes") else 3
-    return f"{value:.{digits}f}" + (f" ({low:.{digits}f}..{high:.{digits}f})" if interval else "")
+    return f"{value:.{digits}f}" + (f" ({low:.{digits}f}..{high:.{digits}f})" if interval and low == low else "")
 
 
 class AtTheEnd(Callback):  # type: ignore[misc, unused-ignore]

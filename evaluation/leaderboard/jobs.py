@@ -39,7 +39,7 @@ class Job:
 
     @cached_property
     def records(self) -> list[Record]:
-        return [_record(told) for told in _json(self.folder / RECORDS)]
+        return [_record(row) for row in _json(self.folder / RECORDS)]
 
     @cached_property
     def journal(self) -> Folder:
@@ -54,7 +54,7 @@ class Job:
     def steps(self) -> dict[int, Phase]:
         """What was measured of everything edited so far, by number of edits; the last one is of all."""
         names = [name for name in self.journal.phases() if name.startswith("after-")]
-        return {phase.told["edits"]: phase for name in names if (phase := self.journal.phase(name)) is not None}
+        return {phase.header["edits"]: phase for name in names if (phase := self.journal.phase(name)) is not None}
 
     @cached_property
     def after(self) -> Phase | None:
@@ -66,10 +66,11 @@ class Job:
         if not phases:
             return None
         rows = [row for phase in phases for row in phase.rows]
-        held = [phase.told.get("held", []) for phase in phases]
-        costs = [cost for phase in phases for cost in phase.told.get("forward_costs", [])]
-        told = {"edits": len(rows), "held": [window for windows in held for window in windows]}
-        return Phase("batches", {**told, "forward_costs": costs}, rows)
+        joined = {
+            name: [one for phase in phases for one in phase.header.get(name, [])]
+            for name in ("held", "forward_seconds")
+        }
+        return Phase("batches", {"edits": len(rows), **joined}, rows)
 
     @cached_property
     def toolkit(self) -> list[dict[str, Any]] | None:
@@ -90,12 +91,12 @@ def load_jobs(folder: Path) -> list[Job]:
 def mixed(jobs: Sequence[Job]) -> str:
     """What the jobs were made with and on that not all of them share, as text; empty where all agree."""
     made = [_made(about) for job in jobs for about in (job.about, *job.about.get("earlier", []))]
-    told = []
+    differences = []
     for name in dict.fromkeys(name for one in made for name in one):
         found = sorted({str(one[name]) for one in made if one.get(name)})
         if len(found) > 1:
-            told.append(f"{name} {' and '.join(found)}")
-    return ", ".join(told)
+            differences.append(f"{name} {' and '.join(found)}")
+    return ", ".join(differences)
 
 
 def _made(about: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _record(told: dict[str, Any]) -> Record:
-    probes = {name: tuple(Probe(**probe) for probe in told.pop(name)) for name in ("locality", "portability")}
-    texts = {name: tuple(told.pop(name, ())) for name in ("rephrases", "steps")}
-    return Record(**{**told, **texts, **probes})
+def _record(row: dict[str, Any]) -> Record:
+    probes = {name: tuple(Probe(**probe) for probe in row.pop(name)) for name in ("locality", "portability")}
+    texts = {name: tuple(row.pop(name, ())) for name in ("rephrases", "steps")}
+    return Record(**{**row, **texts, **probes})

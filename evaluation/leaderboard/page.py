@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data import Probe, Record
 from ..journal import Phase
+from ..metrics import Interval
 from .jobs import Job
 from .rows import COLUMNS, SCORES, UNEDITED, Row, record_scores
 
@@ -55,17 +56,17 @@ def embedded(value: Any) -> str:
 
 def _protocol(name: str) -> str:
     kind, _, sequential = name.partition(", ")
-    told = PROTOCOLS.get(kind, PROTOCOLS["consecutive"]) + ("; edits stay for the next" if sequential else "")
-    return f"<li><b>{html.escape(name)}</b>: {html.escape(told)}.</li>"
+    text = PROTOCOLS.get(kind, PROTOCOLS["consecutive"]) + ("; edits stay for the next" if sequential else "")
+    return f"<li><b>{html.escape(name)}</b>: {html.escape(text)}.</li>"
 
 
 def _figure(name: str, svg: str) -> str:
-    told = {
+    caption = {
         "retention": "Reliability, generality and locality of everything edited so far, by number of edits",
         "trade-off": "Reliability and generality against locality, with 95 % intervals",
     }.get(name, name)
     source = base64.b64encode(svg.encode()).decode()
-    shown = html.escape(told)
+    shown = html.escape(caption)
     image = f'<img alt="{shown}" src="data:image/svg+xml;base64,{source}">'
     return f"<figure>{image}<figcaption>{shown}</figcaption></figure>"
 
@@ -73,27 +74,25 @@ def _figure(name: str, svg: str) -> str:
 def _data(rows: Sequence[Row], jobs: Sequence[Job]) -> dict[str, Any]:
     sets: list[list[dict[str, Any]]] = []
     places: dict[str, int] = {}
-    told = []
+    listed = []
     by_name = {job.folder.name: job for job in jobs}
     for row in rows:
         if row.method == UNEDITED:
-            told.append(_row(row))
+            listed.append(_row(row))
             continue
         job = by_name[row.job]
         key = json.dumps([job.config["dataset"]["checksum"], [record.case_id for record in job.records]])
         if key not in places:
             places[key] = len(sets)
             sets.append([_record(record) for record in job.records])
-        told.append({**_row(row), "set": places[key], "edits_told": _edits(job)})
-    return {"columns": list(COLUMNS), "rows": told, "sets": sets}
+        listed.append({**_row(row), "set": places[key], "edits_told": _edits(job)})
+    return {"columns": list(COLUMNS), "rows": listed, "sets": sets}
 
 
 def _row(row: Row) -> dict[str, Any]:
-    told = row.to_dict()
-    known = [name for name in COLUMNS if told[name] is not None]
-    figures = {name: _short([told[name], *told[f"{name}_interval"]]) for name in known}
+    figures = {name: _short(row.metrics[name]) for name in COLUMNS if math.isfinite(row.metrics[name][0])}
     kept = ("method", "dataset", "skip", "edits", "batch_size", "protocol", "model")
-    return {**{name: told[name] for name in kept}, "group": row.title, "figures": figures}
+    return {**{name: getattr(row, name) for name in kept}, "group": row.title, "figures": figures}
 
 
 def _record(record: Record) -> dict[str, Any]:
@@ -130,5 +129,6 @@ def _texts(phase: Phase | None) -> list[dict[str, Any]]:
     return [{**row.get("texts", {}), "generated": row.get("generated")} for row in phase.rows]
 
 
-def _short(figures: Sequence[float]) -> list[float]:
-    return [round(value, 5) for value in figures]
+def _short(interval: Interval) -> list[float]:
+    """Value and ends; without ends where they are not known."""
+    return [round(value, 5) for value in interval if math.isfinite(value)]

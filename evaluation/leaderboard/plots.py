@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from ..metrics import interval_of_mean_score
+from ..metrics import interval_of_mean_score, mean_of_known
+from ..pictures import COLOURS, MARKERS, new_figure, save_figure
 from .jobs import Job
 from .rows import THREE, Row, record_scores
 
-# Distinguishable with every common kind of colour vision (Okabe and Ito), each with a marker of its own.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#a6761d", "#000000")
-MARKERS = "os^DvP*X<>"
+LEGEND = 2.2  # inches
 
 
 def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
@@ -25,19 +22,19 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
         return False
     groups = list(dict.fromkeys(row.title for row, _ in series))
     styles = _styles(rows)
-    figure, axes = _figure(len(groups), len(THREE))
+    figure, axes = new_figure(len(groups), len(THREE), 3.6, 3.2, beside=LEGEND)
     for line, group in zip(axes, groups, strict=True):
         of_group = [(row, job) for row, job in series if row.title == group]
         for axis, name in zip(line, THREE, strict=True):
             for rank, (row, job) in enumerate(of_group):
                 steps = sorted(job.steps)
-                means = [_mean([one[name] for one in record_scores(job, step)]) for step in steps]
+                means = [mean_of_known([one[name] for one in record_scores(job, step)]) for step in steps]
                 axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method], zorder=_on_top(rank))
             axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
             axis.set_title(name, loc="left", fontsize=10)
         line[0].set_ylabel(group.replace(", ", "\n"))
         _legend(line, line[-1])
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -46,7 +43,7 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
     groups = list(dict.fromkeys(row.title for row in rows))
     styles = _styles(rows)
     columns = min(len(groups), 2)
-    figure, axes = _figure(math.ceil(len(groups) / columns), columns, 4.6, 4.0)
+    figure, axes = new_figure(math.ceil(len(groups) / columns), columns, 4.6, 4.0, beside=LEGEND)
     for axis in axes.flat[len(groups) :]:
         axis.remove()
     for axis, group in zip(axes.flat, groups, strict=False):
@@ -64,7 +61,7 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
         axis.set_ylabel("mean of reliability and generality")
         axis.set_title(group.replace(", ", "\n", 1), loc="left", fontsize=10)
     _legend(axes.flat[: len(groups)], axes[0, -1])
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -89,28 +86,3 @@ def _legend(axes: Any, beside: Any) -> None:
     beside.legend(
         named.values(), named.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5)
     )
-
-
-def _figure(lines: int, columns: int, width: float = 3.6, height: float = 3.2) -> tuple[Any, Any]:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    size = (width * columns + 2.2, height * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "path"}):
-        figure.savefig(path.with_suffix(".png"), dpi=140)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else float("nan")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
@@ -74,28 +73,26 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each metric, and `<metric>_interval` beside it; null where unknown."""
-        told: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "metrics"}
+        row: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "metrics"}
         for name in COLUMNS:
-            value, low, high = self.metrics[name]
-            known = not math.isnan(value)
-            told[name] = value if known else None
-            told[f"{name}_interval"] = [low, high] if known else None
-        return told
+            value, *ends = self.metrics[name]
+            row[name] = value if math.isfinite(value) else None  # JSON knows neither NaN nor infinity
+            row[f"{name}_interval"] = ends if all(map(math.isfinite, (value, *ends))) else None
+        return row
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Row:
+    def from_dict(cls, row: dict[str, Any]) -> Row:
         """What `to_dict` gave."""
-        metrics = {
-            name: UNKNOWN if told[name] is None else (told[name], *told[f"{name}_interval"]) for name in COLUMNS
-        }
-        return cls(metrics=metrics, **{name: told[name] for name in cls.__dataclass_fields__ if name != "metrics"})
+        ends = {name: row[f"{name}_interval"] or (math.nan, math.nan) for name in COLUMNS}
+        metrics = {name: UNKNOWN if row[name] is None else (row[name], *ends[name]) for name in COLUMNS}
+        return cls(metrics=metrics, **{name: row[name] for name in cls.__dataclass_fields__ if name != "metrics"})
 
 
 def label(config: dict[str, Any]) -> str:
     """The method's name, with what the user changed in it."""
     changes = {**config["method"]["overrides"], **({"seed": config["seed"]} if config["seed"] else {})}
-    told = ", ".join(f"{name}={value}" for name, value in changes.items())
-    return config["method"]["label"] + (f" ({told})" if told else "")
+    listed = ", ".join(f"{name}={value}" for name, value in changes.items())
+    return config["method"]["label"] + (f" ({listed})" if listed else "")
 
 
 def model_name(config: dict[str, Any]) -> str:
@@ -249,15 +246,15 @@ def costs(job: Job, seed: int) -> dict[str, Interval]:
     batches, before, after = job.journal.batches(), job.before, job.after
     assert before is not None
     assert after is not None
-    held = before.told.get("held", [])
-    ratio = interval_of_ratio(_by_window(after.told["held"], len(held)), held, seed) if held else UNKNOWN
+    held = before.header.get("held", [])
+    ratio = interval_of_ratio(_by_window(after.header["held"], len(held)), held, seed) if held else UNKNOWN
     last = batches[-1]
     return {
         "perplexity_ratio": ratio,
-        "seconds_per_edit": interval_of_ratio([(told["seconds"], told["edits"]) for told in batches], seed=seed),
-        "forward_overhead": _overhead(before.told.get("forward_costs", []), after.told.get("forward_costs", [])),
+        "seconds_per_edit": interval_of_ratio([(entry["seconds"], entry["edits"]) for entry in batches], seed=seed),
+        "forward_overhead": interval_of_ratio(after.header.get("forward_seconds", []), seed=seed),
         "kept_megabytes": (last["kept_megabytes"],) * 3,
-        "peak_megabytes": (max(told["peak_megabytes"] for told in batches),) * 3,
+        "peak_megabytes": (max(entry["peak_megabytes"] for entry in batches),) * 3,
     }
 
 
@@ -265,10 +262,3 @@ def _by_window(read: Sequence[tuple[float, int]], windows: int) -> list[tuple[fl
     """Sums over what was read of each window: single rounds read the same ones again after every batch."""
     of_each = [read[window::windows] for window in range(windows)]
     return [(sum(loss for loss, _ in of), sum(count for _, count in of)) for of in of_each]
-
-
-def _overhead(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """Median cost of a forward pass over that before any edit, and how far that may be off on a machine in use."""
-    if not before or not after:
-        return UNKNOWN
-    return median(after) / median(before), min(after) / max(before), max(after) / min(before)

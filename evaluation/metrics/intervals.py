@@ -15,6 +15,12 @@ RESAMPLES, LEVEL = 2000, 0.95
 Interval: TypeAlias = "tuple[float, float, float]"  # value, low, high; NaN where nothing was measured
 
 
+def mean_of_known(values: Sequence[float]) -> float:
+    """The mean of what is not NaN; NaN where nothing is left."""
+    known = [value for value in values if not np.isnan(value)]
+    return sum(known) / len(known) if known else float("nan")
+
+
 def interval_of_mean(values: Sequence[float], seed: int = 0) -> Interval:
     """The mean of what is known among `values`."""
     known = np.asarray([value for value in values if not np.isnan(value)])
@@ -59,9 +65,12 @@ def interval_of_ratio(
         other = b[drawn].sum(1)
         return np.exp(rate - other[:, 0] / other[:, 1])
 
-    return _bootstrap(len(a), statistic, float(statistic(np.arange(len(a))[None])[0]), seed)
+    with np.errstate(over="ignore"):
+        value = float(statistic(np.arange(len(a))[None])[0])
+    return _bootstrap(len(a), statistic, value, seed)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a model that its edits destroyed may have an infinite perplexity
 def _bootstrap(count: int, statistic: Callable[[NDArray[np.int64]], Array], value: float, seed: int) -> Interval:
     random = np.random.default_rng(seed)
     drawn = [statistic(random.integers(0, count, size=(100, count))) for _ in range(RESAMPLES // 100)]

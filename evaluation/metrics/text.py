@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ def window_losses(
     text: str,
     max_tokens: int = 4096,
     window: int = 512,
-    asking: Asking | None = None,
 ) -> list[tuple[float, int]]:
     """Sum of the NLL, and number of predicted tokens, of each window of the first `max_tokens` of `text`."""
     device = next(model.parameters()).device
@@ -30,16 +29,15 @@ def window_losses(
     for part in ids.split(window):
         if len(part) < 2:
             continue
-        if asking is not None and asking.at is not None:
-            asking.at(-1)
         logits = model(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False).logits
         found.append((F.cross_entropy(logits[0, :-1].float(), part[1:], reduction="sum").item(), len(part) - 1))
     return found
 
 
 def perplexity_of(losses: Sequence[tuple[float, int]]) -> float:
-    """exp of the mean NLL of windows."""
-    return math.exp(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
+    """exp of the mean NLL of windows; NaN where there are none."""
+    count = sum(count for _, count in losses)
+    return math.exp(sum(loss for loss, _ in losses) / count) if count else math.nan
 
 
 def perplexity(model: nn.Module, tokenizer: Any, text: str, max_tokens: int = 4096, window: int = 512) -> float:
@@ -48,30 +46,24 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, max_tokens: int = 40
 
 
 @torch.no_grad()
-def forward_costs(
-    model: nn.Module, tokenizer: Any, text: str, tokens: int = 256, repeats: int = 5, asking: Asking | None = None
-) -> list[float]:
-    """Time of `repeats` forward passes over the first `tokens` of `text`, after one that warms up.
-
-    In units of one product of as many rows with the embeddings' matrix, taken in turn with them: on a machine that
-    others use too, seconds before the edits and minutes later are not those of one machine.
-    """
+def forward_seconds(
+    model: nn.Module, tokenizer: Any, text: str, tokens: int = 128, asking: Asking | None = None
+) -> float:
+    """Wall clock of one forward pass over the first `tokens` of `text`, after one that warms up."""
     device = next(model.parameters()).device
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens], device=device)[None]
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    weight, hidden = embeddings.weight, embeddings(ids[0])  # (v, d), (t, d)
-
-    def seconds(work: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    found = []
-    for _ in range(repeats + 1):
+    started = 0.0
+    for _ in range(2):
         if asking is not None and asking.at is not None:
             asking.at(-1)
-        passed = seconds(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
-        found.append(passed / seconds(lambda: F.linear(hidden, weight)))
-    return found[1:]
+        wait(device)
+        started = time.perf_counter()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it: times are wall clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

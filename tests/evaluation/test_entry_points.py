@@ -11,7 +11,7 @@ import pytest
 
 from evaluation.data import Probe, Record
 from evaluation.entry_points import entry_point
-from evaluation.methods.peers import Peer, Traits
+from evaluation.methods.peers import Peer
 
 RECORDS = [
     Record(f"r{i}", f"Town {i} lies in", f"Town {i}", "Rome", portability=(Probe("hop", f"Who rules {i}?", "Ida"),))
@@ -76,8 +76,8 @@ def test_no_fact_is_dropped_by_a_method_that_cuts_its_batches(once: int, batch_s
     assert [len(part) for part in editor.written] == parts
 
 
-def test_a_locality_that_nobody_measured_is_not_told() -> None:
-    """The release scores `pre` after writing; where the edits stay, nothing would seem to have changed."""
+def test_what_the_release_would_measure_or_train_wrongly_is_refused() -> None:
+    """It scores `pre` after writing: where the edits stay, nothing would seem to have changed."""
 
     class Release(Editor):
         def batch_edit(self, prompts: Any, target_new: Any, keep_original_weight: bool = False, **more: Any) -> Any:
@@ -85,12 +85,16 @@ def test_a_locality_that_nobody_measured_is_not_told() -> None:
 
     method = Peer.__new__(Peer)
     method.editor, method.name, method.algorithm = Release(batch_size=1), "FT", "FT"
-    method.traits = Traits()
     with (
         patch.object(Peer, "one_by_one", False),
         pytest.raises(ValueError, match="scores FT's `pre` after it has written edits that stay"),
     ):
         entry_point(method, RECORDS, "batch_edit", 2, sequential=True)
+    with (
+        patch.object(Peer, "one_by_one", False),
+        pytest.raises(ValueError, match="release's FT pads the facts"),
+    ):
+        entry_point(method, RECORDS, "batch_edit", 2, sequential=False)
     assert method.editor.written == []
 
 

@@ -22,7 +22,7 @@ from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Ph
 from evaluation.leaderboard import COLUMNS, build, plots, row_of
 from evaluation.leaderboard.jobs import Job, mixed
 from evaluation.leaderboard.page import embedded
-from evaluation.leaderboard.rows import model_name, told_apart
+from evaluation.leaderboard.rows import Row, model_name, told_apart
 
 NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
 PROMISED = (
@@ -53,9 +53,9 @@ def row(i: int, learned: bool, kept: bool = True) -> dict[str, Any]:
         "rephrases": [answer(learned)],
         "locality": [said],
         "portability": [answer(False)],
-        "prompt_rivals": [[[7], [8], 1.0]],
-        "rephrase_rivals": [[[7], [8], 1.0]],
-        "locality_rivals": [[[7], [8], 1.0]],
+        "prompt_rivals": [[[7], [6], 1.0]],
+        "rephrase_rivals": [[[7], [6], 1.0]],
+        "locality_rivals": [[[7], [6], 1.0]],
         "texts": {"prompt": ["Rome" if learned else "Paris"], "rephrases": ["Rome" if learned else NASTY],
                   "locality": ["Oslo" if kept else "Bergen"], "portability": ["Nobody"]},
         "generated": " Rome. Then" if learned else f" Paris {NASTY}",
@@ -75,10 +75,10 @@ def job(folder: Path, label: str, learned: int, steps: tuple[int, ...] = (2, 4),
     (folder / RECORDS).write_text(json.dumps([asdict(record) for record in RECORD_LIST]))
     journal = Folder(folder)
     held = [[100.0, 50], [120.0, 50]]
-    told = {"edits": 0, "held": held, "forward_costs": [1.0, 1.2]}
-    journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
+    header = {"edits": 0, "held": held, "forward_seconds": [[0.3, 0.2], [0.2, 0.2]]}
+    journal.keep(Phase("before", header, [row(i, False) for i in range(4)]))
     for step in steps:
-        after = {**told, "edits": step, "held": [[loss + 50 * math.log(1.1), n] for loss, n in held]}
+        after = {**header, "edits": step, "held": [[loss + 50 * math.log(1.1), n] for loss, n in held]}
         rows = [row(i, i < learned, kept=i != 3) for i in range(step)]
         journal.keep(Phase(f"after-{step:06d}", after, rows))
     for number, seconds in enumerate((4.0, 6.0)):
@@ -177,6 +177,23 @@ def test_records_of_another_file_or_order_are_not_compared_with_these(tmp_path: 
     assert all(row.metrics["behind_first"] == (0, 0, 0) for row in rows)
 
 
+def test_a_method_that_destroyed_its_model_does_not_take_the_other_rows_with_it(tmp_path: Path) -> None:
+    """Its perplexity may be infinite, which JSON does not know."""
+    for name in ("whole", "broken"):
+        job(tmp_path / "board/jobs" / name, name, 1, steps=(4,))
+    journal = Folder(tmp_path / "board/jobs/broken")
+    phase = journal.phase("after-000004")
+    assert phase is not None
+    journal.keep(Phase(phase.name, {**phase.header, "held": [[1e6, 50], [1e6, 50]]}, phase.rows))
+    build(tmp_path / "board")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "board" / "leaderboard.json").read_text())}
+    assert rows["whole"]["perplexity_ratio"] == pytest.approx(1.1)
+    assert rows["broken"]["perplexity_ratio"] is rows["broken"]["perplexity_ratio_interval"] is None
+    assert rows["broken"]["reliability"] == 0.25
+    assert math.isnan(Row.from_dict(rows["broken"]).metrics["perplexity_ratio"][0])
+    assert "inf" in (tmp_path / "board" / "leaderboard.md").read_text()
+
+
 def test_a_file_for_another_model_does_not_count_as_this_one() -> None:
     def told(name: str, path: str) -> str:
         return model_name({"model": {"name": name}, "hparams": {"model_name": path}})
@@ -211,6 +228,7 @@ def test_rows_hold_every_promised_figure_with_its_interval(board: Path) -> None:
     assert unedited["behind_first"] == pytest.approx((1 + 1 - 0.25) / 3)
     assert unedited["seconds_per_edit"] is None
     assert weak["perplexity_ratio"] == pytest.approx(1.1)
+    assert weak["forward_overhead"] == pytest.approx(0.5 / 0.4)
     assert (weak["seconds_per_edit"], weak["seconds_per_edit_interval"]) == (2.5, [2.0, 3.0])
 
 
@@ -243,8 +261,8 @@ def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pyt
         drawn[path.name] = [(axis.get_title(loc="left"), len(axis.lines)) for axis in figure.axes]
         save(figure, path)
 
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", look)
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", look)
     for name, label, edits in (("a", "Weak", 4), ("b", "Strong", 4), ("c", "Weak", 2)):
         folder = tmp_path / "board/jobs" / name
         job(folder, label, 1, steps=(1, 2, 4)[: edits // 2 + 1])
@@ -310,12 +328,12 @@ def single(folder: Path, batches: int) -> None:
     for path in (folder / "phases").iterdir():
         path.unlink()
     held = [[100.0 + 9 * i, 50] for i in range(6)]
-    told = {"edits": 0, "held": held, "forward_costs": []}
-    journal.keep(Phase("before", told, [row(i, False) for i in range(4)]))
+    header = {"edits": 0, "held": held}
+    journal.keep(Phase("before", header, [row(i, False) for i in range(4)]))
     after = [[loss + 5 * i, count] for i, (loss, count) in enumerate(held)]
     for number in range(batches):
         rows = [row(i, i < 1) for i in range(number * 4 // batches, (number + 1) * 4 // batches)]
-        journal.keep(Phase(f"batch-{number:06d}", {**told, "held": after}, rows))
+        journal.keep(Phase(f"batch-{number:06d}", {**header, "held": after}, rows))
 
 
 def test_reading_a_window_again_makes_no_perplexity_surer(tmp_path: Path) -> None:
@@ -331,17 +349,17 @@ def test_the_trade_offs_interval_is_that_of_the_mean(tmp_path: Path, monkeypatch
     """Where each record's rephrasings make up for its prompt, nothing about their mean is uncertain."""
     folder = tmp_path / "board/jobs/a"
     job(folder, "Even", 1, steps=())
-    told = {"edits": 4, "held": [[100.0, 50], [120.0, 50]], "forward_costs": []}
+    header = {"edits": 4, "held": [[100.0, 50], [120.0, 50]]}
     rows = [{**row(i, i % 2 == 0), "rephrases": [answer(i % 2 == 1)]} for i in range(4)]
-    Folder(folder).keep(Phase("after-000004", told, rows))
+    Folder(folder).keep(Phase("after-000004", header, rows))
     bars: dict[str, list[Any]] = {}
 
     def look(figure: Any, path: Path) -> None:
         bars[path.name] = [axis.containers[0] for axis in figure.axes]
         save(figure, path)
 
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", look)
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", look)
     build(tmp_path / "board")
     (bar,) = bars["trade-off"]
     _, up = bar.lines[2]
@@ -365,8 +383,6 @@ def test_the_page_says_how_each_protocol_scores(tmp_path: Path) -> None:
     assert "edits stay" in told["batch_edit, sequential"]
     assert "unedited model" in told["single"]
     assert "all scores after the last" in told["consecutive"]
-    (before,) = re.findall(r"<p>(Below each figure.*?)</p>", text, re.DOTALL)
-    assert "forward overhead" in before  # its range is no bootstrap interval
 
 
 def test_nothing_in_the_data_can_leave_its_script_element(board: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation import protocol
 from evaluation.data import Probe, Record
-from evaluation.metrics import Asking, agreement, answers, forward_costs, perplexity, text
-from evaluation.protocol import METRICS, consecutive, read, score
+from evaluation.metrics import Asking, agreement, answers, forward_seconds, interval_of_ratio, perplexity, text
+from evaluation.protocol import METRICS, Plan, consecutive, forward_pairs, read, score
 
 PROBES = [
     ("The capital of France is", "Rome"),
@@ -96,32 +97,57 @@ class Overwriting:
     def restore(self, state: None) -> None: ...
 
 
-@pytest.mark.parametrize("slower", [1.0, 3.0])
-def test_a_machine_that_has_become_slower_is_not_told_as_the_edits_overhead(
-    slower: float, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 0.0
+def test_a_machine_that_becomes_slower_is_not_told_as_the_edits_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = 1.0
 
-    class Stub(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embeddings = torch.nn.Embedding(len(tokenizer), 4)
+    class Stub:
+        model = tokenizer = None
+        asking, edited = Asking(), True
 
-        def get_input_embeddings(self) -> torch.nn.Module:
-            return self.embeddings
+        def state(self) -> bool:
+            return self.edited
 
-        def forward(self, **_: Any) -> None:
+        def restore(self, state: bool) -> None:
+            self.edited = state
+
+    method: Any = Stub()
+
+    def seconds(*_: Any, **__: Any) -> float:
+        nonlocal slower
+        slower *= 1.2
+        return (1.5 if method.edited else 1.0) * slower
+
+    monkeypatch.setattr(protocol, "forward_seconds", seconds)
+    pairs = forward_pairs(method, False, Plan(1, "text", forward_repeats=20))
+    assert len(pairs) == 20
+    assert method.edited  # as it was
+    found = interval_of_ratio(pairs)
+    assert all(1.5 <= value <= 1.5 * 1.2 + 1e-9 for value in found)
+
+
+def test_a_method_whose_model_cannot_be_unedited_has_no_overhead() -> None:
+    class Wrapped:
+        def state(self) -> None: ...
+
+        def restore(self, state: Any) -> None:
+            raise ValueError("it puts modules of its own into the model")
+
+    method: Any = Wrapped()
+    assert forward_pairs(method, None, Plan(1, "text", forward_repeats=3)) == []
+
+
+def test_what_warms_up_is_not_timed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, passes, places = 0.0, iter((60.0, 2.0)), []
+
+    class Stub(torch.nn.Linear):
+        def forward(self, **_: Any) -> None:  # type: ignore[override]
             nonlocal now
-            now += 6 * slower
+            now += next(passes)
 
-    def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        nonlocal now
-        now += 2 * slower
-        return hidden @ weight.T
-
-    monkeypatch.setattr(text.F, "linear", product)
     monkeypatch.setattr(text.time, "perf_counter", lambda: now)
-    assert forward_costs(Stub(), tokenizer, "The best dish comes from Norway.", repeats=3) == [3.0] * 3
+    asking = Asking(at=places.append)
+    assert forward_seconds(Stub(1, 1), tokenizer, "The best dish comes from Norway.", asking=asking) == 2
+    assert places == [-1, -1]
 
 
 def test_an_edit_that_a_later_batch_destroys_counts_as_lost(tiny: Callable[..., Any], tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ import zoo
 from conftest import lessons
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from evaluation.journal import FAILED, LOCK, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
@@ -126,7 +127,7 @@ def test_a_sweep_compares_its_methods_in_one_leaderboard(sweep: Path, place: Pat
         assert job.config["hparams"]["layers"] == [1, 2]
         assert not (job.folder / "state.pt").exists()
         # Results may be shared: they do not tell where things lie on this machine.
-        assert str(place / "facts.json") not in (job.folder / "config.yaml").read_text()
+        assert str(place) not in (job.folder / "config.yaml").read_text()
     assert (sweep / "retention.svg").is_file()
 
 
@@ -205,6 +206,25 @@ def test_jobs_differ_by_what_changes_a_figure_and_by_nothing_else(tmp_path: Path
     assert job_folder(base).parent == Path("results/board/jobs")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("protocol.every=-1", "protocol.every is -1"),
+        ("protocol.evaluate_at=[2,5]", "from 1 to 4"),
+        ("+method.overrides.lamda=3", "has no lamda to change"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_hours_of_editing(wrong: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        composed("edits=4", wrong)
+
+
+def test_key_scores_are_refused_for_other_methods_before_their_edits() -> None:
+    composed("protocol.key_scores=true")
+    with pytest.raises(ValueError, match=r"for CoachHooK; MEMIT has no hook layers"):
+        composed("method=memit", "protocol.key_scores=true")
+
+
 def test_the_same_file_in_another_place_is_the_same_job(tmp_path: Path) -> None:
     names = []
     for name in ("a", "b"):
@@ -222,32 +242,29 @@ def test_every_analysis_can_be_composed(name: str, tmp_path: Path) -> None:
     given = ["dataset=file", f"dataset.path={path}"] if name.startswith("leaderboard") else []
     run = composed(f"experiment={name}", *given)["run"]
     assert re.fullmatch(rf"{run}(-\d+)?", name)  # the two parts of the leaderboard share one
+    told = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    swept = told.get("hydra", {}).get("sweeper", {}).get("params", {})
+    for override in OverridesParser.create().parse_overrides([f"{of}={values}" for of, values in swept.items()]):
+        for value in override.sweep_string_iterator():
+            composed(f"experiment={name}", *given, f"{override.get_key_element()}={value}")
 
 
 def test_everything_that_cannot_be_run_is_told_in_a_sentence_each(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("alg_name: [")
-    arguments = ["-m", f"out={tmp_path}", "run=x", "dataset=zsre,counterfact,facts", "method.hparams=broken.yaml"]
+    given = ["dataset=zsre,counterfact", "method.hparams=null,broken.yaml"]
     done = subprocess.run(
-        [sys.executable, "-m", "evaluation.run", *arguments],
+        [sys.executable, "-m", "evaluation.run", "-m", f"out={tmp_path}", "run=x", *given],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     lines = sorted(line for line in done.stderr.splitlines() if "did not finish" in line)
-    assert len(lines) == 3
-    assert all("ParserError: while parsing" in line for line in lines)  # read before the data set
-    assert all(f"dataset-{name}" in "".join(lines) for name in ("zsre", "counterfact", "facts"))
-    assert len(unfinished(tmp_path / "x")) == 3
-
-
-def test_a_data_set_without_a_file_is_told(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "evaluation.run", f"out={tmp_path}", "run=x", "dataset=zsre"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "did not finish" in line]
-    assert ": dataset.path is not set" in line
+    assert len(lines) == 4
+    assert all(sum(f"dataset-{name}" in line for line in lines) == 2 for name in ("zsre", "counterfact"))
+    for line in lines:  # hyperparameters are read before the data set
+        expected = "ParserError: while parsing" if "broken" in line else "dataset.path is not set"
+        assert f": {expected}" in line
+    assert len(unfinished(tmp_path / "x")) == 4
 
 
 def test_what_another_process_is_writing_is_not_forgotten(tmp_path: Path) -> None:
