@@ -238,7 +238,7 @@ def test_the_same_file_in_another_place_is_the_same_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
 def test_every_analysis_can_be_composed(name: str, tmp_path: Path) -> None:
     path = tmp_path / "set.json"
-    path.write_text(json.dumps([{"prompt": "Rome is in", "subject": "Rome", "target_new": "Spain"}] * 500))
+    path.write_text(json.dumps([{"prompt": "Rome is in", "subject": "Rome", "target_new": "Spain"}] * 1200))
     given = ["dataset=file", f"dataset.path={path}"] if name.startswith("leaderboard") else []
     run = composed(f"experiment={name}", *given)["run"]
     assert re.fullmatch(rf"{run}(-\d+)?", name)  # the two parts of the leaderboard share one
