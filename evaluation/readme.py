@@ -57,12 +57,12 @@ def scope(figures: dict[str, Any]) -> str:
     return markdown_table(head, rows, left=2) + "\n"
 
 
-def leaderboard(told: list[dict[str, Any]]) -> str:
+def leaderboard(listed: list[dict[str, Any]]) -> str:
     """A line for each method, a column for each group of rows: the mean, and the three that it is of.
 
     The one that is least behind the best comes first; ↓ says that it is behind by more than the interval.
     """
-    rows = [Row.from_dict(row) for row in told]
+    rows = [Row.from_dict(row) for row in listed]
     titles = {row.group: f"{row.dataset}, {row.edits} edits" for row in rows}
     if len(set(titles.values())) < len(titles):
         titles = {row.group: row.title for row in rows}
@@ -72,32 +72,41 @@ def leaderboard(told: list[dict[str, Any]]) -> str:
     groups = sorted(titles, key=lambda group: (group[-1], group))
     # Not every method is in every group: what counts is how far behind each group's best one it is.
     gaps: dict[str, list[float]] = {}
+    best: dict[Any, float] = {}
     for group in groups:
         found = {name: of[group].metrics["mean"][0] for name, of in lines.items() if group in of}
         means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
+        best[group] = max(means.values(), default=math.nan)
         for name, mean in means.items():
-            gaps.setdefault(name, []).append(max(means.values()) - mean)
+            gaps.setdefault(name, []).append(best[group] - mean)
     ordered = sorted(lines, key=lambda name: fmean(gaps.get(name, [math.inf])))
     cells = [
-        [name, *(_mean_of_three(lines[name].get(group)) for group in groups), _seconds(lines[name].values())]
+        [
+            name,
+            *(_mean_of_three(lines[name].get(group), best[group]) for group in groups),
+            _range(lines[name].values(), "starts_with_answer", 2),
+            _range(lines[name].values(), "seconds_per_edit", 1),
+        ]
         for name in ordered
     ]
-    return markdown_table(["method", *(titles[group] for group in groups), "seconds per edit"], cells) + "\n"
+    head = ["method", *(titles[group] for group in groups), "begins with the answer", "seconds per edit"]
+    return markdown_table(head, cells) + "\n"
 
 
-def _mean_of_three(row: Row | None) -> str:
+def _mean_of_three(row: Row | None, best: float) -> str:
     if row is None:
         return ""
     three = ", ".join(f"{row.metrics[name][0]:.2f}" for name in THREE)
-    _, least, _ = row.metrics["behind_first"]
-    return f"{cell(row, 'mean', interval=False)}{BEHIND if least > 0 else ''} ({three})"
+    mean, (_, least, _) = cell(row, "mean", interval=False), row.metrics["behind_first"]
+    shown = f"**{mean}**" if row.metrics["mean"][0] == best else mean
+    return f"{shown}{BEHIND if least > 0 else ''} ({three})"
 
 
-def _seconds(rows: Iterable[Row]) -> str:
-    """The least and the greatest of a method's groups."""
-    known = [of for row in rows if (of := row.metrics["seconds_per_edit"][0]) == of]
-    told = list(dict.fromkeys(f"{of:.1f}" for of in (min(known), max(known)))) if known else []
-    return " to ".join(told)
+def _range(rows: Iterable[Row], name: str, digits: int) -> str:
+    """The least and the greatest of a figure in a method's groups."""
+    known = [of for row in rows if (of := row.metrics[name][0]) == of]
+    ends = dict.fromkeys(f"{of:.{digits}f}" for of in (min(known), max(known))) if known else ()
+    return " to ".join(ends)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

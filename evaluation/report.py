@@ -97,13 +97,16 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     left.set_ylabel("share of tokens")
     left.set_title(f"After {len(outcomes[0].records)} consecutive edits", loc="left", fontsize=11)
     left.legend(frameon=False, fontsize=9, ncols=len(outcomes) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    for axis, title, values, form in (
-        (middle, "Seconds per edit", [o.seconds_per_edit for o in outcomes], "{:.1f}"),
-        (right, "Perplexity ratio", [o.perplexity_ratio for o in outcomes], "{:.3f}"),
-    ):
-        for i, (outcome, value) in enumerate(zip(outcomes, values, strict=True)):
-            axis.bar(i, value, 0.55, color=COLOURS.get(outcome.method, "#777777"))
-            axis.text(i, value, form.format(value), ha="center", va="bottom", fontsize=9)
+    for i, outcome in enumerate(outcomes):
+        colour = COLOURS.get(outcome.method, "#777777")
+        middle.bar(i, outcome.seconds_per_edit, 0.55, color=colour)
+        right.plot(i, outcome.perplexity_ratio, "o", markersize=9, color=colour)  # a bar would have to begin at 0
+        for axis, value, text in (
+            (middle, outcome.seconds_per_edit, f"{outcome.seconds_per_edit:.1f}"),
+            (right, outcome.perplexity_ratio, f"{outcome.perplexity_ratio:.3f}"),
+        ):
+            axis.annotate(text, (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    for axis, title in ((middle, "Seconds per edit"), (right, "Perplexity ratio")):
         axis.set_xticks(range(len(outcomes)), [outcome.method for outcome in outcomes])
         axis.set_xlim(-0.6, len(outcomes) - 0.4)
         axis.set_title(title, loc="left", fontsize=11)

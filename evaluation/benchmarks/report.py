@@ -16,8 +16,8 @@ BARS: dict[str, tuple[str, float, bool]] = {
     "statistics_speedup_vs_toolkit": ("toolkit's statistics / ours", 8, True),
     "forward_overhead": ("forward pass with hooks / without", 1.05, False),
     "decode_overhead": ("decoding step with hooks / without", 1.05, False),
-    "batch50_over_batch1": ("50th batch / 1st", 1.1, False),
-    "peak_memory_100_over_10": ("peak memory of 100 edits / of 10", 1.5, False),
+    "batch50_over_batch1": ("last three of 50 batches / first three", 1.1, False),
+    "peak_memory_100_over_10": ("peak memory, one batch of 100 / one of 10", 1.5, False),
 }
 GOOD, SHORT, GREY = "#1b6ca8", "#c8553d", "#c9ccd1"
 
@@ -56,7 +56,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         axis.set_yticks(
             range(len(names)), [BARS[name][0].replace(" / ", " /\n") for name in reversed(names)], fontsize=8
         )
-        axis.set_title(f"{title} (line: the bar set)", loc="left", fontsize=10)
+        axis.set_title(f"{title} (line: the goal)", loc="left", fontsize=10)
         axis.margins(x=0.15)
     if "edits_per_second" in figures and "seconds_per_edit" in figures:
         rates = {int(size): rate for size, rate in figures["edits_per_second"].items()}
