@@ -71,7 +71,7 @@ class EditingMethod(Protocol):
         ...
 
     def kept_bytes(self) -> int:
-        """Memory that the edits occupy beside the model."""
+        """Memory that stays beside the model between batches: key statistics, and what the edits leave."""
         ...
 
     def state(self) -> Any:
@@ -79,8 +79,16 @@ class EditingMethod(Protocol):
         ...
 
     def restore(self, state: Any) -> None:
-        """Return to a `state`, of this process or of another one with the same model and settings."""
+        """Return to a `state`, of this process or of another one with the same model and settings.
+
+        Raises:
+            NoWayBack: the model holds what no state brings back.
+        """
         ...
+
+
+class NoWayBack(ValueError):
+    """A method cannot return to an earlier state of its own."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +303,7 @@ def forward_pairs(method: EditingMethod, start: Any, plan: Plan) -> list[tuple[f
     for _ in range(plan.forward_repeats):
         try:
             method.restore(start)
-        except ValueError:  # it has put modules of its own into the model
+        except NoWayBack:
             return []
         before = forward_seconds(method.model, method.tokenizer, plan.held_text, asking=method.asking)
         method.restore(edited)

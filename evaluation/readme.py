@@ -60,7 +60,8 @@ def scope(figures: dict[str, Any]) -> str:
 def leaderboard(listed: list[dict[str, Any]]) -> str:
     """A line for each method, a column for each group of rows: the mean, and the three that it is of.
 
-    The one that is least behind the best comes first; ↓ says that it is behind by more than the interval.
+    The one that is least behind the best comes first (in the groups that most methods are in); ↓ says that it is
+    behind by more than the interval.
     """
     rows = [Row.from_dict(row) for row in listed]
     titles = {row.group: f"{row.dataset}, {row.edits} edits" for row in rows}
@@ -70,16 +71,22 @@ def leaderboard(listed: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.setdefault(row.method, {})[row.group] = row
     groups = sorted(titles, key=lambda group: (group[-1], group))
-    # Not every method is in every group: what counts is how far behind each group's best one it is.
-    gaps: dict[str, list[float]] = {}
-    best: dict[Any, float] = {}
-    for group in groups:
-        found = {name: of[group].metrics["mean"][0] for name, of in lines.items() if group in of}
-        means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
-        best[group] = max(means.values(), default=math.nan)
-        for name, mean in means.items():
-            gaps.setdefault(name, []).append(best[group] - mean)
-    ordered = sorted(lines, key=lambda name: fmean(gaps.get(name, [math.inf])))
+    means = {
+        group: {name: of[group].metrics["mean"][0] for name, of in lines.items() if group in of} for group in groups
+    }
+    best = {group: max((mean for mean in means[group].values() if mean == mean), default=math.nan) for group in groups}
+    # Not every method is in every group, and a longer one is harder: those that most are in decide.
+    fullest = max(map(len, means.values()))
+    deciding = [group for group in groups if len(means[group]) == fullest]
+
+    def behind(name: str) -> float:
+        for among in (deciding, groups):
+            gaps = [best[group] - means[group].get(name, math.nan) for group in among]
+            if known := [gap for gap in gaps if gap == gap]:
+                return fmean(known)
+        return math.inf
+
+    ordered = sorted(lines, key=behind)
     cells = [
         [
             name,

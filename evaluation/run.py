@@ -86,14 +86,16 @@ def resolved(given: DictConfig) -> dict[str, Any]:
 def check_protocol(config: dict[str, Any]) -> None:
     """Raises ValueError where the steps are not among the edits, or scores are asked of a method that has none."""
     protocol, edits = config["protocol"], config["edits"]
-    every, steps = protocol.get("every"), protocol.get("evaluate_at", [])
+    every, steps = protocol.get("every"), protocol.get("evaluate_at") or []
     if every is not None and every < 1:
         raise ValueError(f"protocol.every is {every}; give a number of edits, from 1 on, or null")
     if any(not 1 <= step <= edits for step in steps):
         raise ValueError(f"protocol.evaluate_at is {steps}; give numbers of edits, from 1 to {edits} (edits)")
     if protocol.get("key_scores") and config["method"]["name"] != "coachhook":
         name = config["method"]["label"]
-        raise ValueError(f"protocol.key_scores is for CoachHooK; {name} has no hook layers: say key_scores=false")
+        raise ValueError(
+            f"protocol.key_scores is for CoachHooK; {name} has no hook layers: say protocol.key_scores=false"
+        )
 
 
 def texts_of(config: dict[str, Any]) -> dict[str, str]:
@@ -103,6 +105,7 @@ def texts_of(config: dict[str, Any]) -> dict[str, str]:
     named = {
         "statistics": statistics,
         "mom2_dataset": config["hparams"].get("mom2_dataset"),
+        "base_hparams.mom2_dataset": (config["base_hparams"] or {}).get("mom2_dataset"),
         "statistics.mom2_dataset": shared.get("mom2_dataset"),
     }
     files = {name: Path(path) for name, path in named.items() if _is_file(path)}
@@ -121,15 +124,13 @@ def key(config: dict[str, Any]) -> str:
 
 
 def by_name(config: dict[str, Any]) -> dict[str, Any]:
-    """Texts for key statistics by their files' names: what is in them stands in the configuration as a checksum."""
+    """What key statistics are made from, without the folders that it lies in: texts stand in the configuration as
+    checksums."""
     kept = copy.deepcopy(config)
-    for holder, name in (
-        (kept["model"], "statistics"),
-        (kept["hparams"], "mom2_dataset"),
-        (kept["method"]["overrides"], "mom2_dataset"),
-    ):
-        if _is_file(holder.get(name)):
-            holder[name] = Path(holder[name]).name
+    for holder in (kept["model"], kept["hparams"], kept["base_hparams"] or {}, kept["method"]["overrides"]):
+        for name in ("statistics", "mom2_dataset", "stats_dir"):
+            if isinstance(holder.get(name), str) and Path(holder[name]).exists():
+                holder[name] = Path(holder[name]).name
     return kept
 
 

@@ -114,7 +114,7 @@ def plan(config: dict[str, Any], held: str) -> Plan:
     """The protocol of a configuration."""
     protocol, metrics = config["protocol"], config["metrics"]
     every = protocol.get("every")
-    steps = (*protocol.get("evaluate_at", ()), *(range(every, config["edits"] + 1, every) if every else ()))
+    steps = (*(protocol.get("evaluate_at") or ()), *(range(every, config["edits"] + 1, every) if every else ()))
     return Plan(
         batch_size=config["batch_size"],
         held_text=held,

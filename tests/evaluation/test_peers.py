@@ -18,8 +18,8 @@ from evaluation.methods import Peer, settings
 from evaluation.methods.peers import TEMPLATES
 from evaluation.methods.peers import peer as made
 from evaluation.methods.peers.base import bytes_of
-from evaluation.methods.peers.registry import CACHES, place, usual_memory
-from evaluation.protocol import seed_everything
+from evaluation.methods.peers.registry import CACHES, place, registered, statistics_held, usual_memory
+from evaluation.protocol import NoWayBack, seed_everything
 
 Start = Callable[..., Peer]
 _VALUES: dict[str, Any] = {"v_loss_layer": 3, "v_num_grad_steps": 2, "lm_head_module": "lm_head"}
@@ -143,7 +143,7 @@ def test_going_back_is_refused_where_a_method_has_changed_the_model_itself(peer:
     method = memit(peer)
     state = method.state()
     state["weights"]["somewhere.lora_A.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="MEMIT puts modules of its own into the model"):
+    with pytest.raises(NoWayBack, match="MEMIT puts modules of its own into the model"):
         method.restore(state)
 
 
@@ -187,7 +187,7 @@ def test_a_killed_run_of_any_method_goes_on_as_if_nothing_had_happened(peer: Sta
     written(method, 1)
     torch.save(method.state(), tmp_path / "state.pt")
     written(method, 3)
-    whole = answered(method)
+    whole, kept = answered(method), method.kept_bytes()
     assert not torch.equal(whole, before)
     method.restore(start)
     assert torch.equal(answered(method), before)
@@ -195,6 +195,32 @@ def test_a_killed_run_of_any_method_goes_on_as_if_nothing_had_happened(peer: Sta
     again.restore(torch.load(tmp_path / "state.pt", weights_only=False))
     written(again, 3)
     assert torch.equal(answered(again), whole)
+    assert again.kept_bytes() == kept
+
+
+C0 = 48 * 48 * 4  # bytes of one layer's second moments
+WEIGHT = 32 * 48 * 4  # ... and of its projection
+
+
+@needs_checkout
+@pytest.mark.parametrize(("name", "expected"), [
+    ("memit", 2 * C0),
+    ("alphaedit", 2 * C0 + 2 * C0),  # the projections, and the keys edited so far
+    ("emmet", C0),
+    ("rome", C0),  # its inverse
+    ("r-rome", C0),
+    ("simie", C0 + C0 + 2 * WEIGHT),  # ROME's, and a matrix and two weights of its own
+    ("ft", 0),
+])  # fmt: skip
+def test_whoever_compares_memory_is_told_all_that_a_method_keeps(peer: Start, name: str, expected: int) -> None:
+    method = peer(name, **TINY[name])
+    for part in method._settings_parts():
+        for held in statistics_held(registered(part.alg_name)):
+            if isinstance(held, dict):
+                held.clear()  # of the models of other tests: a run has a process of its own
+    method.prepare()
+    method.edit([record(0)])
+    assert method.kept_bytes() == expected
 
 
 @needs_checkout

@@ -121,6 +121,10 @@ def test_a_leaderboard_has_a_line_for_each_method_and_what_is_unknown_stays_empt
         ["unedited", "0.300↓ (0.75, 0.50, 1.00)", "", "0.25", ""],
         ["Nothing known", "", "(0.75, 0.50, 1.00)", "0.25", ""],
     ]
+    # Whoever took part in one more, harder run is not put behind for that.
+    longer = [row("A", 60, 0.7, 1.0), row("B", 60, 0.8, 1.0), row("C", 60, 0.6, 1.0), row("A", 300, 0.1, 1.0),
+              row("B", 300, 0.8, 1.0)]  # fmt: skip
+    assert [line[0] for line in table(longer)] == ["method", "B", "A", "C"]
     # Two groups of one size are told apart in full.
     assert table([rows[0], replace(rows[0], skip=5)])[0][1:3] == [
         "towns, 60 edits, consecutive, m", "towns from record 6, 60 edits, consecutive, m"

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from evaluation.journal import FAILED, LOCK, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
 from evaluation.leaderboard.rows import UNEDITED
-from evaluation.run import CONF, IN_USE, emptied, job_folder, key, resolved, run_job
+from evaluation.run import CONF, IN_USE, emptied, job_folder, key, resolved, run_job, shareable
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds_per_edit", "forward_overhead", "peak_megabytes")
@@ -119,6 +119,7 @@ def test_a_sweep_compares_its_methods_in_one_leaderboard(sweep: Path, place: Pat
     assert {row["method"] for row in rows} == {"CoachHooK", "CoachHooK, dynamic alpha"}
     assert all((row["edits"], row["batch_size"], row["dataset"]) == (8, 1, "counterfact") for row in rows)
     assert all(0 <= row["reliability"] <= 1 and row["reliability_interval"] for row in rows)
+    assert all(row["forward_overhead"] > 0 for row in rows)  # measured
     for job in load_jobs(sweep):
         assert sorted(job.steps) == list(range(1, 9))
         assert job.about["data"]["sha256"]
@@ -167,6 +168,7 @@ def test_a_method_of_the_toolkit_runs_under_our_protocol_and_its_own(place: Path
     jobs = {job.config["protocol"]["name"]: job for job in load_jobs(place / "results" / "memit")}
     assert all((row["edits"], row["batch_size"]) == (4, 2) for row in rows.values())
     assert rows["consecutive"]["kept_megabytes"] == 2 * 48**2 * 4 / 2**20  # C0 of two layers in float32, and no edits
+    assert rows["consecutive"]["forward_overhead"] > 0  # measured
     found = jobs["batch_edit"].toolkit
     assert found is not None
     assert rows["batch_edit"]["reliability"] == pytest.approx(sum(m["post"]["rewrite_acc"][0] for m in found) / 4)
@@ -211,12 +213,17 @@ def test_jobs_differ_by_what_changes_a_figure_and_by_nothing_else(tmp_path: Path
     [
         ("protocol.every=-1", "protocol.every is -1"),
         ("protocol.evaluate_at=[2,5]", "from 1 to 4"),
+        ("protocol.every=0", "or null"),
         ("+method.overrides.lamda=3", "has no lamda to change"),
     ],
 )
 def test_what_cannot_be_run_is_told_before_hours_of_editing(wrong: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         composed("edits=4", wrong)
+
+
+def test_steps_may_be_left_out_by_null() -> None:
+    assert composed("edits=4", "protocol.evaluate_at=null")["protocol"]["evaluate_at"] is None
 
 
 def test_key_scores_are_refused_for_other_methods_before_their_edits() -> None:
@@ -300,3 +307,24 @@ def test_a_text_that_statistics_are_made_from_counts_by_its_content(tmp_path: Pa
             keys.append(key(composed("edits=4", given)))
     assert keys[:2] == keys[4:]
     assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize(("method", "given"), [
+    ("coachhook", "+method.overrides.mom2_dataset={}/text.txt"),
+    ("coachhook", "+method.overrides.stats_dir={}"),
+    ("simie", "method.base_hparams={}/mine.yaml"),
+])  # fmt: skip
+def test_what_statistics_are_made_from_is_the_same_wherever_it_lies(method: str, given: str, tmp_path: Path) -> None:
+    inside = composed("method=simie")["base_hparams"]
+    found = []
+    for place in (tmp_path / "a" / "of_mine", tmp_path / "b" / "of_mine"):
+        place.mkdir(parents=True)
+        (place / "text.txt").write_text("one")
+        inside |= {"mom2_dataset": str(place / "text.txt"), "stats_dir": str(place)}
+        (place / "mine.yaml").write_text(yaml.safe_dump(inside))
+        found.append(composed(f"method={method}", given.format(place)))
+        assert str(tmp_path) not in yaml.safe_dump(shareable({**found[-1], "out": ""}))
+    assert key(found[0]) == key(found[1])
+    (tmp_path / "b" / "of_mine" / "text.txt").write_text("two")
+    if "stats_dir" not in given:
+        assert key(found[0]) != key(composed(f"method={method}", given.format(tmp_path / "b" / "of_mine")))

@@ -36,8 +36,8 @@ class AlphaEdit(Peer):
 
     def _project(self) -> None:
         """The null space by layer, where its first batch would write it and every later one reads it."""
-        of_layer = importlib.import_module(f"{MODELS}.alphaedit.AlphaEdit_main").get_project
-        hparams = self.hparams
+        module, hparams = importlib.import_module(f"{MODELS}.alphaedit.AlphaEdit_main"), self.hparams
         with self._quiet():
-            found = torch.stack([of_layer(self.model, self.tokenizer, layer, hparams) for layer in hparams.layers])
-        write_whole(Path(hparams.P_loc), lambda stream: torch.save(found, stream))
+            found = [module.get_project(self.model, self.tokenizer, layer, hparams) for layer in hparams.layers]
+        write_whole(Path(hparams.P_loc), lambda stream: torch.save(torch.stack(found), stream))
+        module.COV_CACHE.clear()  # nothing reads it again, and a process that goes on has none

@@ -28,6 +28,7 @@ from coachhook_plugin.toolkit import import_easyeditor
 
 from ...data import Record
 from ...metrics import Asking
+from ...protocol import NoWayBack
 from ..settings import ALGORITHMS
 from ..statistics import share_statistics
 from .registry import TEMPLATES, hparams_class, place, registered, statistics_held, usual_memory
@@ -169,7 +170,7 @@ class Peer:
         """Return to a `state` of this method, of this process or of another one."""
         parameters = dict(self.model.named_parameters())
         if not parameters.keys() >= state["weights"].keys():
-            raise ValueError(
+            raise NoWayBack(
                 f"{self.name} puts modules of its own into the model, which a fresh process does not have; its run "
                 "cannot go on, and cannot start each batch from the unedited model: give again=true snapshots=0 and "
                 "protocol=consecutive"

@@ -24,7 +24,8 @@ class SimIE(Peer):
     globals_kept = (f"rome.rome_main:{TEMPLATES}",)
 
     def _kept(self) -> list[Any]:
-        return [*super()._kept(), *self._own().values()]
+        instance = getattr(self.hparams, "_simie_instance", None)  # a plain object
+        return [*super()._kept(), None if instance is None else vars(instance)]
 
     @torch.no_grad()
     def state(self) -> dict[str, Any]:
