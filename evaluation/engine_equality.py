@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     theirs, ours = (settings("memit", options.model), engine_settings(options.model))
     records = load_records(options.data, options.edits)
-    found = compare(records, options.batch_size, theirs, ours, options.model, options.out.resolve())
+    with tempfile.TemporaryDirectory() as folder:  # for what the toolkit writes
+        found = compare(records, options.batch_size, theirs, ours, options.model, Path(folder))
     told = json.dumps({"data": options.data.name, **found}, indent=2)
     (options.out / "summary.json").write_text(told + "\n", encoding="utf-8")
     print(told)
