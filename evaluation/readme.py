@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from .benchmarks.report import BARS
 from .leaderboard import Row, cell
 from .leaderboard.rows import THREE
+from .metrics import mean_of_known
 from .protocol import METRICS
 from .tables import markdown_table
 
@@ -81,9 +81,9 @@ def leaderboard(listed: list[dict[str, Any]]) -> str:
 
     def behind(name: str) -> float:
         for among in (deciding, groups):
-            gaps = [best[group] - means[group].get(name, math.nan) for group in among]
-            if known := [gap for gap in gaps if gap == gap]:
-                return fmean(known)
+            gap = mean_of_known([best[group] - means[group].get(name, math.nan) for group in among])
+            if not math.isnan(gap):
+                return gap
         return math.inf
 
     ordered = sorted(lines, key=behind)
