@@ -12,7 +12,7 @@ import torch
 from evaluation import protocol
 from evaluation.data import Probe, Record
 from evaluation.metrics import Asking, agreement, answers, forward_seconds, interval_of_ratio, perplexity, text
-from evaluation.protocol import METRICS, Plan, consecutive, forward_pairs, read, score
+from evaluation.protocol import METRICS, NoWayBack, Plan, consecutive, forward_pairs, read, score
 
 PROBES = [
     ("The capital of France is", "Rome"),
@@ -130,7 +130,7 @@ def test_a_method_whose_model_cannot_be_unedited_has_no_overhead() -> None:
         def state(self) -> None: ...
 
         def restore(self, state: Any) -> None:
-            raise ValueError("it puts modules of its own into the model")
+            raise NoWayBack("it puts modules of its own into the model")
 
     method: Any = Wrapped()
     assert forward_pairs(method, None, Plan(1, "text", forward_repeats=3)) == []
