@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,6 +25,8 @@ from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
 
 CPU = torch.device("cpu")
+# What this process has imported, the others need not import again; elsewhere than on Linux a copy may crash.
+BEGIN = "fork" if sys.platform == "linux" else "spawn"
 TOKENS = 9000  # five batches of the tiny models' text: two processes have unequal shares
 
 
@@ -47,6 +50,7 @@ def found(text: Path, cache: Path) -> dict[int, KeyStatistics]:
 
 
 def in_a_process(rank: int, folder: str, caches: list[str]) -> None:
+    torch.set_num_threads(1)  # a copied process has no other
     place = Path(folder)
     distributed.init_process_group(
         "gloo",
@@ -69,7 +73,7 @@ def test_processes_that_share_the_text_all_get_what_one_process_would(
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", "")
     alone = found(long_text(tmp_path), tmp_path / "alone")
-    mp.spawn(in_a_process, args=(str(tmp_path), ["shared", "shared"]), nprocs=2)
+    mp.start_processes(in_a_process, args=(str(tmp_path), ["shared", "shared"]), nprocs=2, start_method=BEGIN)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     kept = [load_statistics(path, 48) for path in sorted((tmp_path / "shared" / "statistics").iterdir())]
     assert len(kept) == len(alone) == 2
@@ -90,7 +94,7 @@ def test_a_process_that_has_the_statistics_already_helps_one_that_has_not(
     """As on two machines, of which the first one keeps what was collected."""
     monkeypatch.setenv("COACHHOOK_CACHE", "")
     alone = found(long_text(tmp_path), tmp_path / "first")
-    mp.spawn(in_a_process, args=(str(tmp_path), ["first", "second"]), nprocs=2)
+    mp.start_processes(in_a_process, args=(str(tmp_path), ["first", "second"]), nprocs=2, start_method=BEGIN)
     for rank in range(2):
         for layer, (total, count, _) in torch.load(tmp_path / f"{rank}.pt").items():
             assert count == alone[layer].count

@@ -16,9 +16,18 @@ from coachhook_plugin.architectures import FAMILIES, model_parts
 from coachhook_plugin.trace import captured
 
 EVERY = pytest.mark.parametrize("case", zoo.EVERY)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-BIT_FOR_BIT = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.once)])
-SCOPES = pytest.mark.parametrize("scope", ["leverage", "zscore"])
+
+
+def cases(*values: Any, families: Sequence[str] = tuple(zoo.FAMILIES), marks: Any = ()) -> list[Any]:
+    """Parameters of a test for each of the families."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(case, *values, marks=[*marks, *(slow if case not in zoo.CORE else ())]) for case in families]
+
+
+# The paper's scope and half precision where families differ most; what they compute is tested elsewhere.
+SCOPES = pytest.mark.parametrize(("case", "scope"), [*cases("leverage"), *cases("zscore", families=zoo.CORE)])
+HALF = cases(torch.bfloat16, families=("gpt2", "llama", "gemma2"), marks=[pytest.mark.once])
+DTYPES = pytest.mark.parametrize(("case", "dtype"), [*cases(torch.float32), *HALF])
 OTHER = ["The old man stands in the city", "Many books were read"]
 
 
@@ -84,9 +93,14 @@ def test_logits_from_the_last_block_are_the_models_own(
     assert zoo.relative(parts.logits(seen.output), logits) < 1e-6
 
 
-@SCOPES
-@DTYPES
-@EVERY
+@pytest.mark.parametrize(
+    ("case", "dtype", "scope"),
+    [
+        *cases(torch.float32, "leverage"),
+        *cases(torch.bfloat16, "leverage", marks=[pytest.mark.once]),
+        *cases(torch.float32, "zscore", families=zoo.CORE),
+    ],
+)
 def test_an_edit_makes_the_new_target_likely(
     case: str, dtype: torch.dtype, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
@@ -103,8 +117,7 @@ def test_an_edit_makes_the_new_target_likely(
     assert all(p.dtype == dtype for p in session.model.parameters())
 
 
-@BIT_FOR_BIT
-@EVERY
+@DTYPES
 def test_undone_edits_leave_the_model_bit_for_bit_as_it_was(
     case: str, dtype: torch.dtype, tiny: Callable[..., Any], settings: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -159,7 +172,7 @@ def test_padding_side_order_and_memory_budget_write_the_same_weights(
         one = tiny(case)
         tokenizer.padding_side = side
         try:
-            session = EditSession(one, tokenizer, settings(**changed), progress=False)
+            session = EditSession(one, tokenizer, settings(v_num_grad_steps=3, **changed), progress=False)
             return session.edit(facts).nll, deltas(session)
         finally:
             tokenizer.padding_side = "right"
@@ -175,7 +188,6 @@ def test_padding_side_order_and_memory_budget_write_the_same_weights(
 
 
 @SCOPES
-@EVERY
 def test_an_edited_model_answers_the_same_alone_and_padded_in_a_batch(
     case: str, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:
@@ -208,7 +220,6 @@ def _padded(one: Any, rows: list[list[int]], side: str) -> dict[str, torch.Tenso
 
 
 @SCOPES
-@EVERY
 def test_generation_starts_from_what_the_edited_model_says(
     case: str, scope: str, start: Callable[..., EditSession], tokenizer: Any
 ) -> None:

@@ -172,7 +172,7 @@ def hparams(text: Path | str, **changed: Any) -> CoachHooKHparams:
         "model_name": "tiny",
         "layers": [0, 1],
         "device": "cpu",
-        "v_num_grad_steps": 8,
+        "v_num_grad_steps": 5,
         "mom2_dataset": str(text),
         "mom2_update_weight": 10.0,
         "context_prefixes": PREFIXES,

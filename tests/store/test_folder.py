@@ -91,8 +91,7 @@ def test_a_fresh_process_without_the_toolkit_answers_with_the_same_bits(
 ) -> None:
     cases = [
         (case, dtype, changed)
-        for case in ("llama", "gpt2")
-        for dtype in (torch.float32, torch.bfloat16)
+        for case, dtype in (("llama", torch.float32), ("gpt2", torch.bfloat16))
         for changed in ({"scope": "leverage"}, {"scope": "zscore"}, {"use_hooks": False})
     ]
     for i, (case, dtype, changed) in enumerate(cases):
