@@ -37,6 +37,8 @@ EMPTY_TARGET = "empty target"
 NO_SUBJECT = "no subject"
 SUBJECT_ABSENT = "subject not in the prompt"
 SUBJECT_REPEATED = "subject more than once in the prompt"
+BRACES = "braces in the prompt"  # the toolkit's templates give them a meaning
+HALF_CHARACTER = "half a character"  # a lone surrogate: no tokenizer takes it
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,10 @@ def _unusable(record: Record) -> str | None:
         return EMPTY_TARGET
     if not record.subject:
         return NO_SUBJECT
+    if "{" in record.prompt or "}" in record.prompt:
+        return BRACES
+    if any("\ud800" <= letter <= "\udfff" for letter in record.prompt + record.target_new):
+        return HALF_CHARACTER
     count = occurrences(record.prompt, record.subject)
     if count == 0:
         return SUBJECT_ABSENT
@@ -396,7 +402,7 @@ class _Fields:
 
     def text(self, *names: str, default: str | None = None) -> str:
         """The first of these fields that is there, without outer spaces; of a list of answers, the first one."""
-        name = next((name for name in names if self.raw.get(name) is not None), None)
+        name = self._first(names)
         if name is None:
             if default is None:
                 self._require(*names)
@@ -405,7 +411,7 @@ class _Fields:
 
     def texts(self, *names: str) -> tuple[str, ...]:
         """All texts of the first of these fields that is there; none of them has to be."""
-        name = next((name for name in names if self.raw.get(name) is not None), None)
+        name = self._first(names)
         if name is None:
             return ()
         value = self.raw[name]
@@ -413,8 +419,12 @@ class _Fields:
         return tuple(text for item in items if (text := self._answer(name, item)))
 
     def pair(self, kind: str, prompt_name: str, answer_name: str) -> tuple[Probe, ...]:
+        """A probe; none where the prompt or its answer is empty, or null in this record."""
         prompt = self.text(prompt_name, default="")
-        return (Probe(kind, prompt, answer),) if prompt and (answer := self.text(answer_name)) else ()
+        if prompt and answer_name not in self:
+            self._require(answer_name)
+        answer = self.text(answer_name, default="")
+        return (Probe(kind, prompt, answer),) if prompt and answer else ()
 
     def hop(self) -> tuple[Probe, ...]:
         """The one question that EasyEdit's own portability files add to ZsRE and CounterFact."""
@@ -453,8 +463,13 @@ class _Fields:
             raise self.error(name, f"must be text, not {_kind(value)}")
         return value.strip()
 
+    def _first(self, names: Sequence[str]) -> str | None:
+        """Which of these fields is there; pandas writes NaN for what is not."""
+        given = ((name, self.raw.get(name)) for name in names)
+        return next((name for name, value in given if value is not None and value == value), None)
+
     def _require(self, *names: str) -> None:
-        if not any(self.raw.get(name) is not None for name in names):
+        if self._first(names) is None:
             there = ", ".join(sorted(self.raw)) or "nothing"
             other = "".join(f" (or '{name}')" for name in names[1:])
             raise self.error(

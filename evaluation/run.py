@@ -29,11 +29,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from .journal import BUSY, CONFIG, DONE, FAILED, LOCK
 from .methods.settings import inner_settings, settings
+from .processes import announce, command, end_with
 from .sources import load_dataset
 
 CONF = Path(__file__).parent / "conf"
 # What changes no score of a run, and so is no part of its name.
 FREE = ("run", "out", "snapshots", "threads", "again")
+FREE_METRICS = ("forward_repeats",)
 # Files are known by their content, wherever they lie.
 PLACES = ("path", "file", "split")
 IN_USE = "another process is at work in its folder; wait for it, or end it"
@@ -120,6 +122,7 @@ def key(config: dict[str, Any]) -> str:
     """A short name for everything that a user sets of what a job's figures depend on: not for versions of programs."""
     kept = {name: value for name, value in by_name(config).items() if name not in (*FREE, "held_text")}
     kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
+    kept["metrics"] = {name: value for name, value in kept["metrics"].items() if name not in FREE_METRICS}
     return _digest(json.dumps(kept, sort_keys=True, default=str))
 
 
@@ -156,6 +159,7 @@ def run_job(config: dict[str, Any]) -> None:
 
     A failure is written beside the results and told at the end (`leaderboard.AtTheEnd`), so that a sweep goes on.
     """
+    end_with(command())
     folder = job_folder(config)
     if config["again"] and not emptied(folder):
         _fail(folder, IN_USE)
@@ -167,9 +171,9 @@ def run_job(config: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(yaml.safe_dump(shareable(config), sort_keys=False), encoding="utf-8")
     (folder / FAILED).unlink(missing_ok=True)
     print(f"{folder.name}", flush=True)
-    command = [sys.executable, "-m", "evaluation.worker", str(folder)]
-    given = json.dumps({**config, "parent": os.getpid()})
-    done = subprocess.run(command, input=given, text=True, env=_environment())
+    given = json.dumps({**config, "began": [os.getpid(), *command()]})
+    worker = [sys.executable, "-m", "evaluation.worker", str(folder)]
+    done = subprocess.run(worker, input=given, text=True, env=_environment())
     if done.returncode == BUSY:
         _fail(folder, IN_USE)
     elif done.returncode and not (folder / FAILED).is_file():
@@ -182,6 +186,7 @@ def emptied(folder: Path) -> bool:
         return True
     try:
         with FileLock(folder / LOCK, timeout=0):
+            (folder / DONE).unlink(missing_ok=True)  # first: what is killed from here on is no finished job
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -217,4 +222,5 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    announce()
     main()

@@ -9,8 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from .data import Record, load_facts
 from .entry_points import ENTRY_POINTS, entry_point, toolkit_shape
 from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder
 from .methods import CoachHooK, Peer, build
+from .processes import end_with
 from .protocol import EditingMethod, Plan, run, seed_everything
 from .sources import Dataset, load_dataset
 
@@ -36,8 +35,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "easyeditor", "coach
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     config = json.load(sys.stdin)
-    if parent := config.pop("parent", None):
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    end_with(config.pop("began", []))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -90,13 +88,6 @@ def work(config: dict[str, Any], folder: Path) -> None:
     write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else config["batch_size"]})
     journal.forget_scratch()
     (folder / FAILED).unlink(missing_ok=True)  # of a call that found this one at work
-
-
-def end_with(parent: int) -> None:
-    """Leave when the process that began this one is gone: a killed command shall not go on computing unseen."""
-    while os.getppid() == parent:
-        time.sleep(0.1)
-    os._exit(1)  # as a kill would: what is written so far, the next call goes on from
 
 
 def settle_paths(config: dict[str, Any]) -> None:

@@ -116,10 +116,32 @@ def _edits(job: Job) -> list[dict[str, Any]]:
         {name: round(value, 4) for name, value in one.items() if name in SCORES and not math.isnan(value)}
         for one in record_scores(job)
     ]
-    before, after = _texts(job.before), _texts(job.after)
+    before, after, right = _texts(job.before), _texts(job.after), _right(job)
     return [
-        {"scores": one, "pre": before[i] if before else {}, "post": after[i] if after else {}}
+        {
+            "scores": one,
+            "pre": before[i] if before else {},
+            "post": after[i] if after else {},
+            "right": right[i] if right else {},
+        }
         for i, one in enumerate(scores)
+    ]
+
+
+def _right(job: Job) -> list[dict[str, list[bool]]]:
+    """Of each edit, by group of probes: whether the answer is what the scores ask for. As token ids, which may differ
+    where the texts look alike."""
+    if job.before is None or job.after is None:
+        return []
+    return [
+        {
+            group: [
+                answer.said == (old.said if group == "locality" else answer.wanted)
+                for old, answer in zip(getattr(before, group), getattr(after, group), strict=False)
+            ]
+            for group in GROUPS
+        }
+        for before, after in zip(job.readings(job.before), job.readings(job.after), strict=False)
     ]
 
 

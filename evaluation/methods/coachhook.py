@@ -47,7 +47,8 @@ class CoachHooK:
         _ = self.session.state, self.session.prefixes
 
     def edit(self, records: Sequence[Record]) -> None:
-        self.session.edit([record.request() for record in records])
+        for part in without_contradictions(records):
+            self.session.edit([record.request() for record in part])
 
     def kept_bytes(self) -> int:
         return self.session.kept_bytes()
@@ -84,3 +85,17 @@ class CoachHooK:
             for handle in handles:
                 handle.remove()
         return seen, row.subject
+
+
+def without_contradictions(records: Sequence[Record]) -> list[list[Record]]:
+    """The batch as it is, or cut where it tells another target for a prompt: written later, that supersedes."""
+    parts: list[list[Record]] = []
+    told: dict[tuple[str, str], str] = {}
+    for record in records:
+        asked = (record.prompt, record.subject)
+        if not parts or told.get(asked, record.target_new) != record.target_new:
+            parts.append([])
+            told = {}
+        parts[-1].append(record)
+        told[asked] = record.target_new
+    return parts

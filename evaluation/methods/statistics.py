@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import importlib
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from coachhook_plugin.architectures import ModelParts, key_size, model_parts
 from coachhook_plugin.fingerprint import model_fingerprint
 from coachhook_plugin.hparams import CoachHooKHparams
-from coachhook_plugin.statistics import key_statistics, save_statistics, toolkit_paths
+from coachhook_plugin.statistics import KeyStatistics, key_statistics, save_statistics, toolkit_paths
 from coachhook_plugin.text import text_source
 from coachhook_plugin.toolkit import import_easyeditor
 from coachhook_plugin.toolkit.release import as_cuda
@@ -40,11 +41,20 @@ def share_statistics(model: Any, tokenizer: Any, ours: CoachHooKHparams, theirs:
         # Where the model is: `ours` may be for another device.
         text = partial(text_source, model, tokenizer, source, key_size(parts), next(model.parameters()).device)
         found = key_statistics(model, parts, source, text)
-    # A folder for each model: the toolkit's file names do not tell models of one name apart.
-    theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / model_fingerprint(model))
+    # A folder for each model and text: the toolkit's file names tell neither apart.
+    own = f"{model_fingerprint(model)}-{_digest(found.values())}"
+    theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / own)
     for layer, statistics in found.items():
         for path in toolkit_paths(model, parts, layer, named):
             save_statistics(path, statistics, theirs.mom2_n_samples)
+
+
+def _digest(found: Iterable[KeyStatistics]) -> str:
+    """A short name for the text that statistics are of: the keys' squares tell it."""
+    told = hashlib.sha256()
+    for statistics in found:
+        told.update(statistics.total.diagonal().double().cpu().numpy().tobytes())
+    return told.hexdigest()[:10]
 
 
 def toolkit_statistics(

@@ -115,15 +115,18 @@ def first_statement(text: str, answer: str = "") -> str:
 
 def is_answered(text: str, answer: str) -> bool:
     """Whether the first statement is the answer and nothing else."""
-    return _plain(first_statement(text, answer)) == _plain(answer)
+    articles = not _plain(answer)  # "A" may be the answer itself
+    return _plain(first_statement(text, answer), articles) == _plain(answer, articles)
 
 
 def starts_with(text: str, answer: str) -> bool:
     """Whether the text begins with the answer, whatever follows: the lenient side of `is_answered`."""
-    said, wanted = _plain(text).split(), _plain(answer).split()
+    articles = not _plain(answer)
+    said, wanted = _plain(text, articles).split(), _plain(answer, articles).split()
     return bool(wanted) and said[: len(wanted)] == wanted
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, articles: bool = False) -> str:
+    """Without case, punctuation and double spaces, and without articles unless they are asked for."""
     kept = "".join(" " if char in string.punctuation else char for char in text.lower())
-    return " ".join(ARTICLES.sub(" ", kept).split())
+    return " ".join((kept if articles else ARTICLES.sub(" ", kept)).split())

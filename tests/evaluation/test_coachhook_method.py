@@ -9,9 +9,11 @@ import pytest
 import torch
 import zoo
 
+from coachhook_plugin.tokens import parse_requests
 from coachhook_plugin.trace import captured
 from evaluation.data import Record
 from evaluation.methods import CoachHooK
+from evaluation.methods.coachhook import without_contradictions
 
 
 def test_the_key_tokens_norm_is_that_of_what_the_edits_add_at_the_subjects_last_token(
@@ -38,3 +40,20 @@ def test_the_key_tokens_norm_is_that_of_what_the_edits_add_at_the_subjects_last_
             plain(input_ids=torch.tensor([ids]))
         added = seen.input[0] @ method.session.state.layers[1].delta.T  # (t, d)
         assert norms[1] == pytest.approx(added.norm(dim=-1).tolist(), rel=1e-4)
+
+
+def test_two_targets_for_one_prompt_do_not_end_a_run_and_the_later_one_holds() -> None:
+    """MQuAKE's cases share facts, and tell different targets for some."""
+    told = ["Rome>Spain", "Oslo>Chile", "Rome>Spain", "Rome>Peru", "Oslo>Chile", "Oslo>Kenya"]
+    records = [
+        Record(str(i), f"{subject} lies in", subject, target)
+        for i, (subject, _, target) in enumerate(text.partition(">") for text in told)
+    ]
+    assert without_contradictions(records[:3]) == [records[:3]]  # told twice alike: one batch
+    parts = without_contradictions(records)
+    assert [len(part) for part in parts] == [3, 2, 1]
+    assert [record for part in parts for record in part] == records
+    for part in parts:
+        parse_requests([record.request() for record in part])
+    with pytest.raises(ValueError, match="contradicts"):
+        parse_requests([record.request() for record in records])

@@ -47,6 +47,9 @@ def test_a_statement_ends_where_a_reader_would_end_it(text: str, statement: str)
         (" St. Louis and. Paris", "St. Louis", False, True),
         (" New York. City of", "New York City of", False, True),  # the answer has no such point
         (" Rome. Rome. Rome", "Rome.", True, True),
+        (" A. It is", "A", True, True),  # a blood group, not an article
+        (" the. It is", "A", False, False),
+        ("\n", "A", False, False),
     ],
 )
 def test_an_answer_with_more_in_it_is_not_exact(text: str, answer: str, exact: bool, begins: bool) -> None:

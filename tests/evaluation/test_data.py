@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from coachhook_plugin.tokens import parse_requests
 from evaluation.data import (
+    BRACES,
     EMPTY_TARGET,
+    HALF_CHARACTER,
     NO_SUBJECT,
     SUBJECT_ABSENT,
     SUBJECT_REPEATED,
@@ -221,10 +224,34 @@ def test_records_that_would_break_an_edit_are_left_out_and_counted(tmp_path: Pat
         {**ZSRE, "src": "Where do bananas grow?", "subject": "ana"},
         {**ZSRE, "subject": ""},
         {**ZSRE, "alt": "  "},
+        {**ZSRE, "src": "Which {big} river feeds Lake Quill?"},
+        {**ZSRE, "alt": "\ud83d"},
     ]
     records = load_zsre(write(tmp_path, raw))
     assert [record.case_id for record in records] == ["2"]
-    assert records.skipped == {EMPTY_TARGET: 2, SUBJECT_ABSENT: 1, SUBJECT_REPEATED: 2, NO_SUBJECT: 1}
+    expected = {EMPTY_TARGET: 2, SUBJECT_ABSENT: 1, SUBJECT_REPEATED: 2, NO_SUBJECT: 1, BRACES: 1, HALF_CHARACTER: 1}
+    assert records.skipped == expected
+
+
+def test_what_our_loaders_give_is_what_a_session_takes(tmp_path: Path) -> None:
+    """A record that is refused at its batch, hours into a run, ends that run."""
+    odd = ("{", "}", "\ud83d", "\udc4d", "é", "\u2028", "\0", "Lake Quill", " ")
+    raw = [ZSRE, *({**ZSRE, "src": f"{text} which river feeds Lake Quill?"} for text in odd)]
+    raw += [{**ZSRE, "alt": f"the Moy{text}"} for text in odd]
+    for record in load_zsre(write(tmp_path, raw)):
+        parse_requests([record.request()])
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_a_probe_without_an_answer_is_no_probe_and_its_record_stays(tmp_path: Path, nothing: str) -> None:
+    """pandas writes NaN for what a table lacks."""
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{**WIKIBIGEDIT, "mhop_ans": "?"}]).replace('"?"', nothing), encoding="utf-8")
+    (record,) = load_records(path)
+    assert [probe.kind for probe in record.portability] == ["personas"]
+    path.write_text(json.dumps([{**WIKIBIGEDIT, "mhop": "?"}]).replace('"?"', nothing), encoding="utf-8")
+    (record,) = load_records(path)
+    assert [probe.kind for probe in record.portability] == ["personas"]
 
 
 @pytest.mark.parametrize(("raw", "name"), [(FLAT, "prompt"), (KNOWEDIT, "prompt")])

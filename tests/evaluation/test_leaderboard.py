@@ -507,3 +507,29 @@ def test_a_reader_can_look_at_one_comparison_alone(board: Path, browse: Callable
         "towns, 4 edits, consecutive, tiny": here,
         "towns from record 5, 4 edits, consecutive, tiny": ["Elsewhere", "unedited"],
     }
+
+
+def test_marks_are_those_of_the_scores_where_answers_only_look_alike(
+    board: Path, browse: Callable[[str], dict[str, Any]]
+) -> None:
+    """Other tokens may spell the same text, and white space is not shown."""
+    journal = Folder(board / "jobs/a")
+    phase = journal.phase("after-000004")
+    assert phase is not None
+    rows = [{**row, "texts": {**row["texts"], "prompt": ["Rome"]}} for row in phase.rows]
+    journal.keep(Phase(phase.name, phase.header, rows))
+    build(board)
+    found = browse("""
+        const all = (selector) => [...document.querySelectorAll(selector)];
+        const job = document.getElementById("job");
+        job.value = [...job.options].find((option) => option.textContent.startsWith("Weak")).value;
+        job.dispatchEvent(new Event("change"));
+        const marks = [];
+        for (let i = 0; i < all("#edits button").length; i += 1) {
+          all("#edits button")[i].click();
+          marks.push(all("#detail tbody tr").map((line) => line.lastChild.textContent.slice(-1)).slice(0, 4).join(""));
+        }
+        return { marks };
+    """)
+    # The first is learned, the last one's neighbour has changed.
+    assert found["marks"] == ["✓✓✓✗", "✗✗✓✗", "✗✗✓✗", "✗✗✗✗"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from evaluation.journal import FAILED, LOCK, read_lines
+from evaluation.journal import DONE, FAILED, LOCK, read_lines
 from evaluation.leaderboard.jobs import load_jobs, unfinished
 from evaluation.leaderboard.rows import UNEDITED
 from evaluation.run import CONF, IN_USE, emptied, job_folder, key, resolved, run_job, shareable
@@ -135,16 +136,8 @@ def test_a_sweep_compares_its_methods_in_one_leaderboard(sweep: Path, place: Pat
 @pytest.mark.slow
 def test_a_killed_run_gives_the_same_leaderboard(sweep: Path, place: Path) -> None:
     arguments = wishes(place, "killed", *STEPS)
-    process = start(place, arguments)
     jobs = place / "results" / "killed" / "jobs"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        done = [read_lines(path) for path in jobs.glob("*/batches.jsonl")]
-        if done and len(done[0]) >= 2:
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()  # until nobody holds its output any more: the process in which the method runs ends as well
+    kill_after(2, start(place, arguments), jobs)
     assert not list(jobs.glob("*/done.json")), "it was over before it could be killed"
     finished(start(place, arguments))
     (found,) = board(place, "killed")
@@ -156,6 +149,29 @@ def test_a_killed_run_gives_the_same_leaderboard(sweep: Path, place: Path) -> No
     (whole,) = [job for job in load_jobs(sweep) if job.config["method"]["label"] == "CoachHooK"]
     for name in ("before", *(f"after-{step:06d}" for step in range(1, 9))):
         assert job.journal.phase(name).rows == whole.journal.phase(name).rows  # type: ignore[union-attr]
+
+
+def kill_after(batches: int, process: subprocess.Popen[str], jobs: Path) -> None:
+    """Kill the command when a job has so many batches, and wait until nobody holds its output any more: the processes
+    in which methods run, and those of a launcher, end as well."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(len(read_lines(path)) >= batches for path in jobs.glob("*/batches.jsonl")):
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_nothing_that_computes_on_or_begins_what_is_left_of_it(place: Path) -> None:
+    """joblib's processes outlive a killed command and would take the next combination."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = ("-m", "seed=0,1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    jobs = place / "results" / "torn" / "jobs"
+    kill_after(1, start(place, [*sweep, *wishes(place, "torn", *STEPS)]), jobs)
+    assert 1 <= len(list(jobs.iterdir())) <= 2
+    assert not list(jobs.glob(f"*/{DONE}"))
 
 
 @pytest.mark.slow
@@ -201,7 +217,8 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 def test_jobs_differ_by_what_changes_a_figure_and_by_nothing_else(tmp_path: Path) -> None:
     base = composed("edits=4")
-    assert key(base) == key(composed("edits=4", "run=other", "threads=2", "snapshots=0", f"out={tmp_path}"))
+    free = ("run=other", "threads=2", "snapshots=0", f"out={tmp_path}", "metrics.forward_repeats=3")
+    assert key(base) == key(composed("edits=4", *free))
     changes = ("edits=5", "seed=1", "batch_size=2", "protocol=single", "method=coachhook-paper", "model.device=cuda")
     for change in (*changes, "+method.overrides.v_num_grad_steps=3", "metrics.new_tokens=3"):
         assert key(base) != key(composed("edits=4", change)), change
@@ -286,6 +303,21 @@ def test_what_another_process_is_writing_is_not_forgotten(tmp_path: Path) -> Non
     assert (folder / FAILED).read_text() == f"{IN_USE}\n"
     assert emptied(folder)
     assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def test_a_job_that_is_killed_while_it_is_forgotten_is_not_taken_for_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "phases").mkdir()
+    (tmp_path / DONE).write_text("{}")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        emptied(tmp_path)
+    assert not (tmp_path / DONE).exists()
 
 
 def test_the_method_inside_another_one_may_have_a_file_of_its_own(tmp_path: Path) -> None:
