@@ -86,7 +86,7 @@ def test_a_model_without_a_file_says_which_there_are(tmp_path: Path) -> None:
 
 
 def test_the_peers_edit_with_one_set_of_target_settings() -> None:
-    """Nobody is a straw man by fewer or smaller steps."""
+    """The toolkit's steps for all of them: none is ahead of another by more or larger ones."""
     names = ("MEMIT", "ROME", "R-ROME", "EMMET", "AlphaEdit")
     kept = ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_loss_layer")
     found = set()
