@@ -41,7 +41,7 @@ def share_statistics(model: Any, tokenizer: Any, ours: CoachHooKHparams, theirs:
         # Where the model is: `ours` may be for another device.
         text = partial(text_source, model, tokenizer, source, key_size(parts), next(model.parameters()).device)
         found = key_statistics(model, parts, source, text)
-    # A folder for each model and text: the toolkit's file names tell neither apart.
+    # A folder for each model, text and choice of layers: the toolkit's file names do not tell the first two apart.
     own = f"{model_fingerprint(model)}-{_digest(found.values())}"
     theirs.stats_dir = named.stats_dir = str(Path(theirs.stats_dir) / own)
     for layer, statistics in found.items():
