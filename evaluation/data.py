@@ -4,10 +4,10 @@
     print(len(records), dict(records.skipped))
     session.edit([record.request() for record in records])
 
-`load_records` recognises the file by its fields; `load_zsre`, `load_counterfact`, `load_knowedit`, `load_wikibigedit`,
-`load_mquake` and `load_hallucination` read one shape each, and `load_facts` reads the set that is shipped here. A file
-is one JSON list, or JSON Lines. A record that no subject based editor could use is left out
-and counted by reason; a file that is not what it should be is refused with the place, the field and the remedy.
+`load_records` recognises the file by its fields, or is told its shape, one of `SHAPES`; `load_facts` reads the set
+that is shipped here. A file is one JSON list, or JSON Lines. A record that no subject based editor could use, as one
+whose target is null, is left out and counted by reason; a file that is not what it should be is refused with the
+place, the field and the remedy.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from coachhook_plugin.tokens import occurrences
 
 FACTS = Path(__file__).parent / "facts" / "facts.json"
+HELD_TEXT = FACTS.with_name("held_text.txt")  # for the perplexity
 
 FilePath: TypeAlias = "str | os.PathLike[str]"
 
@@ -94,62 +95,48 @@ def answerable(records: Sequence[Record]) -> list[Record]:
     return [record if there.issuperset(record.steps) else replace(record, portability=()) for record in records]
 
 
-def load_zsre(path: FilePath, limit: int | None = None) -> Records:
-    """ZsRE in MEND's format: `subject, src, rephrase, alt, answers, loc, loc_ans`."""
-    return _load(path, limit, _zsre)
-
-
-def load_counterfact(path: FilePath, limit: int | None = None) -> Records:
-    """CounterFact, either EasyEdit's flat edit format or the original of ROME with `requested_rewrite`."""
-    return _load(path, limit, _counterfact)
-
-
-def load_knowedit(path: FilePath, limit: int | None = None) -> Records:
-    """KnowEdit: `subject, prompt, target_new`, with `locality` and `portability` lists by kind."""
-    return _load(path, limit, _knowedit)
-
-
-def load_wikibigedit(path: FilePath, limit: int | None = None) -> Records:
-    """WikiBigEdit: `subject, update, ans`, with `rephrase, personas, mhop, mhop_ans, loc, loc_ans`."""
-    return _load(path, limit, _wikibigedit)
-
-
-def load_mquake(path: FilePath, limit: int | None = None) -> Records:
-    """MQuAKE: an edit for each of a case's `requested_rewrite`; the multi-hop questions go with the last of them.
-
-    A case with a rewrite that cannot be edited loses its questions: not every step of them could be written.
-    """
-    return _load(path, limit, _mquake)
-
-
-def load_hallucination(path: FilePath, limit: int | None = None) -> Records:
-    """WISE's hallucination set (SelfCheckGPT): `prompt, target_new, subject, locality_prompt, ...`, long texts.
-
-    Its subjects are file names ("john_russell_reynolds"); they are looked up in the prompt without regard to case.
-    """
-    return _load(path, limit, _hallucination)
-
-
 def load_facts(limit: int | None = None) -> Records:
     """The data set that is shipped with this package."""
-    return load_knowedit(FACTS, limit)
+    return load_records(FACTS, limit, "knowedit")
 
 
-def load_records(path: FilePath, limit: int | None = None) -> Records:
-    """Any of the shapes above, recognised by the fields of the first record and, for WISE's set, by the subjects."""
-    return records_of(read_raw(path), path, limit)
+def load_records(path: FilePath, limit: int | None = None, shape: str | None = None) -> Records:
+    """The first `limit` records of a file that can be edited.
+
+    Args:
+        shape: one of `SHAPES`; where not given, recognised by the fields of the first record and, for WISE's set, by
+            the subjects.
+
+    Raises:
+        ValueError: the file is not of that shape, or none of its records can be edited.
+    """
+    return records_of(read_raw(path), path, limit, shape)
 
 
 def records_of(raw: list[Any], path: FilePath, limit: int | None = None, shape: str | None = None) -> Records:
-    """Records from a list of objects that is in memory already.
-
-    Args:
-        path: what messages call it.
-        shape: one of `SHAPES`; recognised as in `load_records` where not given.
-    """
+    """As `load_records`, from a list of objects that is in memory already; messages call it `path`."""
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; choose from {', '.join(SHAPES)}, or leave it out")
-    return _load(path, limit, _recognised(path, raw) if shape is None else SHAPES[shape], raw)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for the whole file; got {limit}")
+    read = _recognised(path, raw) if shape is None else SHAPES[shape]
+    records = Records()
+    for index, item in enumerate(raw):
+        if len(records) == limit:
+            break
+        found = read(_Fields(path, index, item))
+        for record in [found] if isinstance(found, Record) else found:
+            if len(records) == limit:
+                break
+            reason = _unusable(record)
+            if reason is None:
+                records.append(record)
+            else:
+                records.skipped[reason] += 1
+    if not records:
+        counts = ", ".join(f"{reason}: {n}" for reason, n in records.skipped.items())
+        raise ValueError(f"{path}: none of its {len(raw)} records can be edited ({counts})")
+    return records
 
 
 def _recognised(path: FilePath, raw: list[Any]) -> Read:
@@ -184,29 +171,6 @@ def _named_as_file(item: object) -> bool:
     if not isinstance(prompt, str) or not isinstance(named, str):
         return False
     return "_" in named and named not in prompt and named.replace("_", " ").lower() in prompt.lower()
-
-
-def _load(path: FilePath, limit: int | None, read: Read, raw: list[Any] | None = None) -> Records:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, or None for the whole file; got {limit}")
-    raw = read_raw(path) if raw is None else raw
-    records = Records()
-    for index, item in enumerate(raw):
-        if len(records) == limit:
-            break
-        found = read(_Fields(path, index, item))
-        for record in [found] if isinstance(found, Record) else found:
-            if len(records) == limit:
-                break
-            reason = _unusable(record)
-            if reason is None:
-                records.append(record)
-            else:
-                records.skipped[reason] += 1
-    if not records:
-        counts = ", ".join(f"{reason}: {n}" for reason, n in records.skipped.items())
-        raise ValueError(f"{path}: none of its {len(raw)} records can be edited ({counts})")
-    return records
 
 
 def read_raw(path: FilePath) -> list[Any]:
@@ -254,6 +218,7 @@ def _by_kind(probes: tuple[Probe, ...]) -> dict[str, dict[str, list[str]]]:
 
 
 def _zsre(fields: _Fields) -> Record:
+    """ZsRE in MEND's format: `subject, src, rephrase, alt, answers, loc, loc_ans`."""
     return Record(
         case_id=fields.case_id(),
         prompt=fields.text("src"),
@@ -267,6 +232,7 @@ def _zsre(fields: _Fields) -> Record:
 
 
 def _counterfact(fields: _Fields) -> Record:
+    """CounterFact, either EasyEdit's flat edit format or the original of ROME with `requested_rewrite`."""
     if "requested_rewrite" in fields:
         return _counterfact_original(fields)
     return Record(
@@ -295,11 +261,13 @@ def _counterfact_original(fields: _Fields) -> Record:
         ground_truth=truth,
         rephrases=fields.texts("paraphrase_prompts"),
         # Its neighbours are chosen to share the old answer.
-        locality=tuple(Probe(NEIGHBORHOOD, prompt, truth) for prompt in fields.texts("neighborhood_prompts")),
+        locality=tuple(Probe(NEIGHBORHOOD, prompt, truth) for prompt in fields.texts("neighborhood_prompts") if truth),
+        portability=fields.hop(),
     )
 
 
 def _knowedit(fields: _Fields) -> Record:
+    """KnowEdit: `subject, prompt, target_new`, with `locality` and `portability` lists by kind."""
     return Record(
         case_id=fields.case_id(),
         prompt=fields.text("prompt", "text"),
@@ -313,6 +281,7 @@ def _knowedit(fields: _Fields) -> Record:
 
 
 def _wikibigedit(fields: _Fields) -> Record:
+    """WikiBigEdit: `subject, update, ans`, with `rephrase, personas, mhop, mhop_ans, loc, loc_ans`."""
     answer = fields.text("ans")
     return Record(
         case_id=fields.case_id(),
@@ -330,6 +299,10 @@ def _wikibigedit(fields: _Fields) -> Record:
 
 
 def _mquake(fields: _Fields) -> list[Record]:
+    """MQuAKE: an edit for each of a case's `requested_rewrite`; the multi-hop questions go with the last of them.
+
+    A case with a rewrite that cannot be edited loses its questions: not every step of them could be written.
+    """
     rewrites = fields.inners("requested_rewrite")
     answer = fields.text("new_answer", default="")
     hops = tuple(Probe(MULTI_HOP, question, answer) for question in fields.texts("questions") if answer)
@@ -354,6 +327,10 @@ def _mquake(fields: _Fields) -> list[Record]:
 
 
 def _hallucination(fields: _Fields) -> Record:
+    """WISE's hallucination set (SelfCheckGPT): `prompt, target_new, subject, locality_prompt, ...`, long texts.
+
+    Its subjects are file names ("john_russell_reynolds"); they are looked up in the prompt without regard to case.
+    """
     prompt, named = fields.text("prompt"), fields.text("subject")
     at = prompt.lower().find(named.replace("_", " ").lower())
     return Record(
@@ -401,7 +378,10 @@ class _Fields:
         return str(self.index)
 
     def text(self, *names: str, default: str | None = None) -> str:
-        """The first of these fields that is there, without outer spaces; of a list of answers, the first one."""
+        """The first of these fields that has a value, without outer spaces; of a list of answers, the first one.
+
+        "" where they are there and null.
+        """
         name = self._first(names)
         if name is None:
             if default is None:
@@ -419,12 +399,12 @@ class _Fields:
         return tuple(text for item in items if (text := self._answer(name, item)))
 
     def pair(self, kind: str, prompt_name: str, answer_name: str) -> tuple[Probe, ...]:
-        """A probe; none where the prompt or its answer is empty, or null in this record."""
+        """A probe; none where the prompt or its answer is empty or null."""
         prompt = self.text(prompt_name, default="")
-        if prompt and answer_name not in self:
-            self._require(answer_name)
-        answer = self.text(answer_name, default="")
-        return (Probe(kind, prompt, answer),) if prompt and answer else ()
+        if not prompt:
+            return ()
+        answer = self.text(answer_name)
+        return (Probe(kind, prompt, answer),) if answer else ()
 
     def hop(self) -> tuple[Probe, ...]:
         """The one question that EasyEdit's own portability files add to ZsRE and CounterFact."""
@@ -459,22 +439,30 @@ class _Fields:
     def _answer(self, name: str, value: object) -> str:
         while isinstance(value, list):  # alternatives, possibly nested: the first one counts
             value = value[0] if value else ""
+        if _is_nothing(value):
+            return ""
+        if isinstance(value, int | float) and not isinstance(value, bool):  # a year
+            return str(int(value) if isinstance(value, float) and value.is_integer() else value)
         if not isinstance(value, str):
             raise self.error(name, f"must be text, not {_kind(value)}")
         return value.strip()
 
     def _first(self, names: Sequence[str]) -> str | None:
-        """Which of these fields is there; pandas writes NaN for what is not."""
-        given = ((name, self.raw.get(name)) for name in names)
-        return next((name for name, value in given if value is not None and value == value), None)
+        """Which of these fields has a value."""
+        return next((name for name in names if not _is_nothing(self.raw.get(name))), None)
 
     def _require(self, *names: str) -> None:
-        if self._first(names) is None:
+        if not any(name in self for name in names):
             there = ", ".join(sorted(self.raw)) or "nothing"
             other = "".join(f" (or '{name}')" for name in names[1:])
             raise self.error(
                 names[0], f"is missing{other}: add it, or check that the file is of this kind; found {there}"
             )
+
+
+def _is_nothing(value: object) -> bool:
+    """null, or what pandas writes for it: NaN."""
+    return value is None or value != value
 
 
 def _kind(value: object) -> str:

@@ -18,15 +18,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .data import Record, load_facts
+from .data import HELD_TEXT, Record, load_facts
+from .demo_report import draw, print_samples, print_table, summary, write_metrics
+from .processes import worker_environment
 from .protocol import Outcome, consecutive
-from .report import draw, print_samples, print_table, summary, write_metrics
+from .sources import spread
 
 MODEL = "smollm2-135m"
 EDITS, BATCH = 30, 10
 METHODS = ("coachhook", "memit")
 CHANGES = {"memit": {"v_num_grad_steps": 18}}  # of 25: the demo shall end within 12 minutes
-HELD_TEXT = Path(__file__).parent / "facts" / "held_text.txt"
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
         console.print(f"[bold]{name.strip()}[/bold]: {options.edits} facts in batches of {options.batch_size}")
         command = [sys.executable, "-m", "evaluation.demo", "--worker", name.strip(), "--out", str(options.out)]
         command += ["--edits", str(options.edits), "--batch-size", str(options.batch_size)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=worker_environment())
         told = json.loads((options.out / f"{name.strip().lower()}.json").read_text(encoding="utf-8"))
         told.pop("perplexity_ratio")
         outcomes.append(Outcome(**told))
@@ -81,7 +82,7 @@ def choose(edits: int) -> list[Record]:
     facts = load_facts()
     if not 1 <= edits <= len(facts):
         raise ValueError(f"--edits is {edits}; the shipped set has {len(facts)} facts")
-    return [facts[i * len(facts) // edits] for i in range(edits)]
+    return [facts[i] for i in spread(len(facts), edits)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""When a command is gone, what it began shall not go on computing unseen."""
+"""Processes that a command starts: what they find where they work, and that they end when the command does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import platform
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
 # Environment variable: host and process of the command, for processes that a launcher starts.
 COMMAND = "COACHHOOK_EVALUATION_COMMAND"
+# Folders that may be named from where the command is given.
+NAMED_FOLDERS = ("EASYEDIT_HOME", "COACHHOOK_CACHE")
+
+
+def worker_environment() -> dict[str, str]:
+    """For a process that will work in another folder: it finds this project, and the folders named from this one."""
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    named = {name: os.path.abspath(os.environ[name]) for name in NAMED_FOLDERS if os.environ.get(name)}
+    return {**os.environ, **named, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def announce() -> None:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .journal import BUSY, CONFIG, DONE, FAILED, LOCK
 from .methods.settings import inner_settings, settings
-from .processes import announce, command, end_with
+from .processes import announce, command, end_with, worker_environment
 from .sources import load_dataset
 
 CONF = Path(__file__).parent / "conf"
@@ -120,15 +120,15 @@ def _is_file(name: Any) -> bool:
 
 def key(config: dict[str, Any]) -> str:
     """A short name for everything that a user sets of what a job's figures depend on: not for versions of programs."""
-    kept = {name: value for name, value in by_name(config).items() if name not in (*FREE, "held_text")}
+    kept = {name: value for name, value in without_folders(config).items() if name not in (*FREE, "held_text")}
     kept["dataset"] = {name: value for name, value in kept["dataset"].items() if name not in PLACES}
     kept["metrics"] = {name: value for name, value in kept["metrics"].items() if name not in FREE_METRICS}
     return _digest(json.dumps(kept, sort_keys=True, default=str))
 
 
-def by_name(config: dict[str, Any]) -> dict[str, Any]:
-    """What key statistics are made from, without the folders that it lies in: texts stand in the configuration as
-    checksums."""
+def without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the files that key statistics are made from by their names alone: what is in them stands
+    beside them as checksums."""
     kept = copy.deepcopy(config)
     for holder in (kept["model"], kept["hparams"], kept["base_hparams"] or {}, kept["method"]["overrides"]):
         for name in ("statistics", "mom2_dataset", "stats_dir"):
@@ -173,7 +173,7 @@ def run_job(config: dict[str, Any]) -> None:
     print(f"{folder.name}", flush=True)
     given = json.dumps({**config, "began": [os.getpid(), *command()]})
     worker = [sys.executable, "-m", "evaluation.worker", str(folder)]
-    done = subprocess.run(worker, input=given, text=True, env=_environment())
+    done = subprocess.run(worker, input=given, text=True, env=worker_environment())
     if done.returncode == BUSY:
         _fail(folder, IN_USE)
     elif done.returncode and not (folder / FAILED).is_file():
@@ -204,7 +204,7 @@ def _fail(folder: Path, why: str) -> None:
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without the folders of this machine: files by their names."""
-    kept = {name: value for name, value in by_name(config).items() if name != "out"}
+    kept = {name: value for name, value in without_folders(config).items() if name != "out"}
     kept["held_text"] = kept["held_text"] and Path(kept["held_text"]).name
     path = kept["dataset"]["path"]
     if path and Path(path).expanduser().exists():
@@ -213,12 +213,6 @@ def shareable(config: dict[str, Any]) -> dict[str, Any]:
         if "model_name" in of and Path(of["model_name"]).is_dir():
             of["model_name"] = Path(of["model_name"]).name
     return kept
-
-
-def _environment() -> dict[str, str]:
-    """This project importable from the folder the worker will work in."""
-    paths = [str(CONF.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 if __name__ == "__main__":

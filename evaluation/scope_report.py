@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-COLOURS = {"leverage": "#1b6ca8", "zscore": "#e08e45"}
-GROUP_COLOURS = {"edited": "#14505c", "rephrased": "#3a9188", "neighbours": "#c8553d", "text": "#8d6a9f"}
+from .pictures import COLOURS, new_figure, save_figure
+
+GROUPS = ("edited", "rephrased", "neighbours", "text")
 
 
 def roc(inside: Sequence[float], outside: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -22,17 +22,12 @@ def roc(inside: Sequence[float], outside: Sequence[float]) -> tuple[np.ndarray, 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """By data set: who passes as the threshold moves, and who is let in as the edits grow in number."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     # How the residual is spread has no part in who is let in: one run of each scope tells it.
     runs = list({(run["dataset"], run["settings"]["scope"]): run for run in reversed(runs)}.values())[::-1]
     datasets = list(dict.fromkeys(run["dataset"] for run in runs))
     scopes = list(dict.fromkeys(run["scope"] for run in runs))
-    figure, axes = plt.subplots(
-        len(datasets), 1 + len(scopes), figsize=(4 * (1 + len(scopes)), 3.6 * len(datasets)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    of_scope = dict(zip(sorted(scopes), COLOURS, strict=False))
+    figure, axes = new_figure(len(datasets), 1 + len(scopes), 4, 3.6)
     for row, dataset in zip(axes, datasets, strict=True):
         of = {run["scope"]: run for run in runs if run["dataset"] == dataset}
         for scope, run in of.items():
@@ -40,9 +35,9 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             inside = last["edited"] + last["rephrased"]
             for group, style in (("text", "-"), ("neighbours", "--")):
                 x, y = roc(inside, last[group])
-                row[0].plot(np.clip(x, 1e-4, 1), y, style, color=COLOURS.get(scope), label=f"{scope}, {group}")
+                row[0].plot(np.clip(x, 1e-4, 1), y, style, color=of_scope[scope], label=f"{scope}, {group}")
             x, y = (np.mean(np.array(values) >= 1) for values in (last["text"], inside))
-            row[0].plot(max(x, 1e-4), y, "o", color=COLOURS.get(scope))
+            row[0].plot(max(x, 1e-4), y, "o", color=of_scope[scope])
         row[0].set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1.02), xlabel="share of other tokens let in")
         row[0].set_ylabel("share of subjects let in")
         row[0].set_title(f"{dataset}: any threshold", loc="left", fontsize=10)
@@ -52,13 +47,10 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.set_visible(False)
                 continue
             steps = sorted(of[scope]["margins"], key=int)
-            for group, colour in GROUP_COLOURS.items():
+            for group, colour in zip(GROUPS, COLOURS, strict=False):
                 rates = [np.mean(np.array(of[scope]["margins"][step][group]) >= 1) for step in steps]
                 axis.plot([int(step) for step in steps], rates, "o-", color=colour, markersize=4, label=group)
             axis.set(ylim=(-0.02, 1.02), xlabel="edits so far", ylabel="share let in")
             axis.set_title(f"{dataset}: {scope}", loc="left", fontsize=10)
             axis.legend(frameon=False, fontsize=8, loc="center right")
-        for axis in row:
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_figure(figure, path, ("png",))

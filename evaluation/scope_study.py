@@ -36,6 +36,7 @@ from coachhook_plugin.tokens import Encoder, occurrences
 from .data import Record, load_records
 from .metrics import continuations, perplexity, starts_with
 from .protocol import mean_scores, read, score
+from .scope_report import GROUPS
 
 MODEL = "smollm2-135m"
 SCOPES = {
@@ -43,7 +44,6 @@ SCOPES = {
     "leverage": {"scope": "leverage"},
     "leverage-boundary": {"scope": "leverage", "spread": "boundary"},
 }
-GROUPS = ("edited", "rephrased", "neighbours", "text")
 STEPS = (1, 5, 10, 50, 100)  # batches
 TEXT_TOKENS, WINDOW = 4096, 256
 COLUMNS = (

@@ -59,14 +59,14 @@ def load_dataset(
         )
     raw, checksum = _read(str(FACTS) if path is None else path, file, split)
     found = records_of(raw, path or FACTS_NAME, None, shape)
-    if len(found) - skip < edits:
+    count = len(found) - skip
+    if count < edits:
         left = f", {sum(found.skipped.values())} more cannot be edited" if found.skipped else ""
         after = f" after the {skip} that dataset.skip leaves out" if skip else ""
         raise ValueError(
-            f"edits is {edits}, but {path or FACTS_NAME} has {max(0, len(found) - skip)} records{after}{left}; ask "
-            "for fewer"
+            f"edits is {edits}, but {path or FACTS_NAME} has {max(0, count)} records{after}{left}; ask for fewer"
         )
-    chosen = [skip + i for i in _chosen(len(found) - skip, edits, order)]
+    chosen = [skip + i for i in (spread(count, edits) if order == "spread" else range(edits))]
     return Dataset(
         name=name,
         records=answerable([found[i] for i in chosen]),
@@ -76,8 +76,9 @@ def load_dataset(
     )
 
 
-def _chosen(count: int, edits: int, order: str) -> list[int]:
-    return [i * count // edits for i in range(edits)] if order == "spread" else list(range(edits))
+def spread(count: int, edits: int) -> list[int]:
+    """`edits` places in a list of `count`, evenly apart."""
+    return [i * count // edits for i in range(edits)]
 
 
 def _spare(found: Records, chosen: set[int]) -> list[Record]:

@@ -20,15 +20,15 @@ from filelock import FileLock, Timeout
 
 from coachhook_plugin.cache import write_whole
 
-from .data import Record, load_facts
+from .data import HELD_TEXT, Record, load_facts
 from .entry_points import ENTRY_POINTS, entry_point, toolkit_shape
 from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder
+from .machine import processor
 from .methods import CoachHooK, Peer, build
 from .processes import end_with
 from .protocol import EditingMethod, Plan, run, seed_everything
 from .sources import Dataset, load_dataset
 
-HELD_TEXT = Path(__file__).parent / "facts" / "held_text.txt"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "easyeditor", "coachhook-plugin")
 
 
@@ -157,6 +157,7 @@ def about(config: dict[str, Any], data: Dataset) -> dict[str, Any]:
         "toolkit_commit": _commit(os.environ.get("EASYEDIT_HOME")) if config["toolkit"] == "checkout" else None,
         "project_commit": _commit(str(Path(__file__).parent.parent)),
         "machine": platform.machine(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name() if on_cuda else str(asked),
         "threads": torch.get_num_threads(),
         "seed": config["seed"],

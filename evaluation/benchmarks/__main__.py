@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..machine import processor
 from .jobs import JOBS
 
 PARTS = ("edits", "sizes", "statistics", "inference", "batches", "memory")
@@ -51,7 +51,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "summary.json"
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    figures["machine"] = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    figures["machine"] = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     bench = Bench(options.model, Console())
     for part in options.parts.split(","):
         figures |= getattr(bench, part)(*([options.repeats] if part in ("edits", "statistics") else []))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
+
+from ..pictures import COLOURS, new_figure, save_figure
 
 # figure: (what it is, the bar it shall reach, whether more is better)
 BARS: dict[str, tuple[str, float, bool]] = {
@@ -19,7 +20,7 @@ BARS: dict[str, tuple[str, float, bool]] = {
     "batch50_over_batch1": ("last three of 50 batches / first three", 1.1, False),
     "peak_memory_100_over_10": ("peak memory, one batch of 100 / one of 10", 1.5, False),
 }
-GOOD, SHORT, GREY = "#1b6ca8", "#c8553d", "#c9ccd1"
+GOOD, TOOLKIT, SHORT = COLOURS[0], COLOURS[1], COLOURS[3]
 
 
 def reached(name: str, value: float) -> bool:
@@ -42,10 +43,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Speedups, overheads, edits per second by batch size and seconds by batch."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, ((speed, over), (sizes, batches)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    figure, ((speed, over), (sizes, batches)) = new_figure(2, 2, 5, 3.2)
     for axis, more, title in ((speed, True, "Times as fast as the toolkit"), (over, False, "Cost ratios")):
         names = [name for name, (_, _, better) in BARS.items() if better is more and name in figures]
         for place, name in enumerate(reversed(names)):
@@ -61,7 +59,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     if "edits_per_second" in figures and "seconds_per_edit" in figures:
         rates = {int(size): rate for size, rate in figures["edits_per_second"].items()}
         sizes.bar(range(len(rates)), rates.values(), 0.55, color=GOOD)
-        sizes.axhline(1 / figures["seconds_per_edit"]["toolkit_memit"], color="#e08e45", label="toolkit's MEMIT")
+        sizes.axhline(1 / figures["seconds_per_edit"]["toolkit_memit"], color=TOOLKIT, label="toolkit's MEMIT")
         sizes.set_xticks(range(len(rates)), [str(size) for size in rates])
         sizes.set(xlabel="edits in a batch")
         sizes.set_title("Edits per second", loc="left", fontsize=10)
@@ -71,7 +69,4 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         batches.plot(range(1, len(seconds) + 1), seconds, ".-", color=GOOD)
         batches.set(xlabel="consecutive batch", ylim=(0, max(seconds) * 1.15))
         batches.set_title("Seconds per batch (4 steps, the same 10 facts)", loc="left", fontsize=10)
-    for axis in (speed, over, sizes, batches):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_figure(figure, path, ("png",))

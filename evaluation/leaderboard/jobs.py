@@ -102,7 +102,8 @@ def mixed(jobs: Sequence[Job]) -> str:
 def _made(about: dict[str, Any]) -> dict[str, Any]:
     commits = {name: (about.get(f"{name}_commit") or "")[:7] for name in ("toolkit", "project")}
     commits["toolkit"] = commits["toolkit"] or about.get("toolkit")
-    return {**about.get("versions", {}), **commits, **{name: about.get(name) for name in ("device", "threads")}}
+    place = {name: about.get(name) for name in ("device", "processor", "threads")}
+    return {**about.get("versions", {}), **commits, **place}
 
 
 def unfinished(folder: Path) -> list[tuple[str, str, float]]:

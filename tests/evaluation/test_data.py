@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,12 @@ from evaluation.data import (
     Record,
     Records,
     answerable,
-    load_counterfact,
     load_facts,
-    load_hallucination,
-    load_knowedit,
-    load_mquake,
     load_records,
-    load_zsre,
+)
+
+load_zsre, load_counterfact, load_knowedit, load_mquake, load_hallucination = (
+    partial(load_records, shape=shape) for shape in ("zsre", "counterfact", "knowedit", "mquake", "hallucination")
 )
 
 ZSRE: dict[str, Any] = {
@@ -169,7 +170,7 @@ def test_knowedit_files_without_an_old_answer_can_still_be_edited(tmp_path: Path
     assert record.request()["ground_truth"] == ""
 
 
-@pytest.mark.parametrize("raw", [ZSRE, FLAT])
+@pytest.mark.parametrize("raw", [ZSRE, FLAT, ROME])
 def test_portability_question_of_the_toolkits_own_files_is_not_lost(tmp_path: Path, raw: dict[str, Any]) -> None:
     hop = {"Recalled Relation": "(a, b, c)", "New Question": "Where does it end?", "New Answer": "at sea"}
     (record,) = load_records(write(tmp_path, [{**raw, "portability": hop}]))
@@ -254,6 +255,23 @@ def test_a_probe_without_an_answer_is_no_probe_and_its_record_stays(tmp_path: Pa
     assert [probe.kind for probe in record.portability] == ["personas"]
 
 
+@pytest.mark.parametrize("nothing", [None, math.nan, [None]])
+def test_one_row_without_a_value_does_not_cost_the_whole_file(tmp_path: Path, nothing: object) -> None:
+    raw = [WIKIBIGEDIT, *({**WIKIBIGEDIT, name: nothing} for name in ("ans", "subject", "update")), WIKIBIGEDIT]
+    records = load_records(write(tmp_path, raw))
+    assert [record.case_id for record in records] == ["0", "4"]
+    assert records.skipped == {EMPTY_TARGET: 1, NO_SUBJECT: 1, SUBJECT_ABSENT: 1}
+    probes = {"Relation_Specificity": [{"prompt": "The mayor of Fern Bay is", "ground_truth": nothing}]}
+    (record,) = load_knowedit(write(tmp_path, [{**KNOWEDIT, "locality": probes}]))
+    assert record.locality == ()
+
+
+@pytest.mark.parametrize("year", [1984, 1984.0, ["1984"]])
+def test_an_answer_that_is_a_number_is_its_digits(tmp_path: Path, year: object) -> None:
+    (record,) = load_records(write(tmp_path, [{**WIKIBIGEDIT, "ans": year, "loc_ans": year}]))
+    assert (record.target_new, record.locality[0].answer) == ("1984", "1984")
+
+
 @pytest.mark.parametrize(("raw", "name"), [(FLAT, "prompt"), (KNOWEDIT, "prompt")])
 def test_every_loader_leaves_out_prompts_without_their_subject(tmp_path: Path, raw: dict[str, Any], name: str) -> None:
     records = load_records(write(tmp_path, [raw, {**raw, name: "Somebody else is"}]))
@@ -321,7 +339,7 @@ def test_prompts_and_answers_that_do_not_pair_up_are_refused(tmp_path: Path) -> 
         load_knowedit(write(tmp_path, [{**KNOWEDIT, "locality": probes}]))
 
 
-@pytest.mark.parametrize(("value", "found"), [(7, "int"), ({"str": "x"}, "dict"), ([7], "int")])
+@pytest.mark.parametrize(("value", "found"), [(True, "bool"), ({"str": "x"}, "dict"), ([[False]], "bool")])
 def test_a_field_that_is_no_text_is_refused(tmp_path: Path, value: object, found: str) -> None:
     with pytest.raises(ValueError, match=rf"record 0: field 'alt' must be text, not {found}"):
         load_zsre(write(tmp_path, [{**ZSRE, "alt": value}]))

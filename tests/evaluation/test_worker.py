@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from evaluation import machine
 from evaluation.data import Probe, Record, load_facts
 from evaluation.journal import BUSY, LOCK
+from evaluation.processes import worker_environment
 from evaluation.sources import Dataset
 from evaluation.worker import left_alone, with_earlier, write
 
@@ -55,6 +59,38 @@ def test_a_run_that_goes_on_with_other_programs_tells_all_of_them(tmp_path: Path
         told = with_earlier({"torch": torch}, path)
         assert told == {"torch": torch, **({"earlier": [{"torch": one} for one in earlier]} if earlier else {})}
         write(path, told)
+
+
+def test_folders_that_are_named_from_here_are_found_from_the_workers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("easyedit/easyeditor", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "easyedit/easyeditor/__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EASYEDIT_HOME", "easyedit")
+    monkeypatch.setenv("COACHHOOK_CACHE", "kept")
+    asks = (
+        "import os; os.chdir('elsewhere')\n"
+        "import coachhook_plugin, importlib.util\n"
+        "from coachhook_plugin.cache import cache_dir\n"
+        "print(importlib.util.find_spec('easyeditor').origin, cache_dir(), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", asks], env=worker_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "easyedit/easyeditor/__init__.py"), str(tmp_path / "kept")]
+
+
+def test_rows_from_unlike_machines_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "processor\t: {}\nmodel name\t: Some CPU\ncpu family\t: 6\nmodel\t\t: {}\nflags\t: a b: c\n\n"
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for model in (85, 207):
+        (tmp_path / "cpuinfo").write_text("".join(told.format(i, model) for i in range(2)), encoding="utf-8")
+        assert machine.processor() == f"Some CPU, family 6 model {model}, 2 cores"
+    (tmp_path / "cpuinfo").unlink()  # elsewhere than on Linux
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert machine.processor() == "arm, 2 cores"
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Outcomes as a table on the terminal, as files, and as a picture."""
+"""The demo's outcomes as tables on the terminal, as files, and as a picture."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonlines
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from .pictures import COLOURS, new_figure, save_figure
 from .protocol import METRICS, Outcome
 
-COLOURS = {"CoachHooK": "#1b6ca8", "MEMIT": "#e08e45"}
 BEFORE = "#c9ccd1"
 
 
@@ -78,16 +77,11 @@ def print_samples(outcomes: Sequence[Outcome], console: Console) -> None:
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """Scores before and after as bars; seconds per edit and drift of perplexity beside them."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 3.9), width_ratios=[3.2, 1, 1], layout="constrained"
-    )
+    figure, ((left, middle, right),) = new_figure(1, 3, 11 / 3, 3.9, ratios=(3.2, 1, 1))
     width = 0.8 / (len(outcomes) + 1)
     for place, name in enumerate(METRICS):
         bars = [("before", outcomes[0].before[name], BEFORE)]
-        bars += [(o.method, o.after[name], COLOURS.get(o.method, "#777777")) for o in outcomes]
+        bars += [(o.method, o.after[name], colour) for o, colour in zip(outcomes, COLOURS, strict=False)]
         for i, (label, value, colour) in enumerate(bars):
             at = place + (i - len(outcomes) / 2) * width
             left.bar(at, value, width * 0.92, color=colour, label=label if place == 0 else None)
@@ -97,8 +91,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     left.set_ylabel("share of tokens")
     left.set_title(f"After {len(outcomes[0].records)} consecutive edits", loc="left", fontsize=11)
     left.legend(frameon=False, fontsize=9, ncols=len(outcomes) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    for i, outcome in enumerate(outcomes):
-        colour = COLOURS.get(outcome.method, "#777777")
+    for i, (outcome, colour) in enumerate(zip(outcomes, COLOURS, strict=False)):
         middle.bar(i, outcome.seconds_per_edit, 0.55, color=colour)
         right.plot(i, outcome.perplexity_ratio, "o", markersize=9, color=colour)  # a bar would have to begin at 0
         for axis, value, text in (
@@ -113,10 +106,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         axis.margins(y=0.15)
     right.axhline(1, color="#888888", linewidth=0.8)
     right.set_ylim(0.9, max(1.1, *(o.perplexity_ratio * 1.03 for o in outcomes)))
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_figure(figure, path, ("png",))
 
 
 def _line(text: str) -> str:
