@@ -35,4 +35,5 @@ def test_scores_are_the_toolkits(version: str, tmp_path: Path) -> None:
     assert found.pop("records") == 2
     assert found.pop("figures") >= 2 * (2 + 2 + 2 + 2)
     assert all(found.pop(f"changed, {side}") > 0 for side in ("left", "right")), "no answer changed: nothing compared"
+    assert len(found) == 2 * 4
     assert all(worst <= 1e-6 for worst in found.values()), found
