@@ -93,7 +93,7 @@ lint: $(VENV)/ready ## check style and formatting
 
 .PHONY: types
 types: $(VENV)/ready ## check types
-	$(VENV)/bin/python -m mypy --strict coachhook_plugin
+	$(VENV)/bin/python -m mypy --strict
 
 .PHONY: venv
 venv: $(VENV)/ready ## only make the environment

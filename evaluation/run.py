@@ -146,7 +146,7 @@ def job_folder(config: dict[str, Any]) -> Path:
     parts = (config["method"]["label"], config["dataset"]["name"], config["protocol"]["name"])
     name = "-".join(map(slug, parts))
     size = f"{config['edits']}x{config['batch_size']}"
-    return Path(config["out"]) / config["run"] / "jobs" / f"{name}-{size}-{key(config)}"
+    return Path(config["out"], config["run"], "jobs", f"{name}-{size}-{key(config)}")
 
 
 def slug(text: str) -> str:

@@ -36,8 +36,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             for group, style in (("text", "-"), ("neighbours", "--")):
                 x, y = roc(inside, last[group])
                 row[0].plot(np.clip(x, 1e-4, 1), y, style, color=of_scope[scope], label=f"{scope}, {group}")
-            x, y = (np.mean(np.array(values) >= 1) for values in (last["text"], inside))
-            row[0].plot(max(x, 1e-4), y, "o", color=of_scope[scope])
+            let_in, reached = (np.mean(np.array(values) >= 1) for values in (last["text"], inside))
+            row[0].plot(max(let_in, 1e-4), reached, "o", color=of_scope[scope])
         row[0].set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1.02), xlabel="share of other tokens let in")
         row[0].set_ylabel("share of subjects let in")
         row[0].set_title(f"{dataset}: any threshold", loc="left", fontsize=10)

@@ -39,7 +39,7 @@ from .protocol import mean_scores, read, score
 from .scope_report import GROUPS
 
 MODEL = "smollm2-135m"
-SCOPES = {
+SCOPES: dict[str, dict[str, Any]] = {
     "zscore": {"scope": "zscore"},
     "leverage": {"scope": "leverage"},
     "leverage-boundary": {"scope": "leverage", "spread": "boundary"},
@@ -134,7 +134,7 @@ def run(model_name: str, scope: str, data: Path, text: Path, edits: int, batch_s
     prompts = [record.prompt for record in records]
     said, alone = (continuations(model, tokenizer, prompts, use_cache=cached) for cached in (True, False))
     answered = [
-        starts_with(tokenizer.decode(row, skip_special_tokens=True), record.target_new)
+        starts_with(str(tokenizer.decode(row, skip_special_tokens=True)), record.target_new)
         for row, record in zip(said, records, strict=True)
     ]
     scores = mean_scores([score(b, a) for b, a in zip(before, after, strict=True)])
@@ -169,7 +169,7 @@ def margins_of(session: EditSession, tokenizer: Any, records: Sequence[Record], 
             ids = torch.tensor(tokenizer(probe.prompt)["input_ids"])
             found["neighbours"] += session.margins(ids).tolist()
     ids = torch.tensor(tokenizer(held, verbose=False)["input_ids"][:TEXT_TOKENS])
-    for part in ids.split(WINDOW):
+    for part in torch.split(ids, WINDOW):
         found["text"] += session.margins(part).tolist()
     return {group: [max(margin, -9.0) for margin in margins] for group, margins in found.items()}
 

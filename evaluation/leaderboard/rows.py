@@ -92,7 +92,8 @@ def label(config: dict[str, Any]) -> str:
     """The method's name, with what the user changed in it."""
     changes = {**config["method"]["overrides"], **({"seed": config["seed"]} if config["seed"] else {})}
     listed = ", ".join(f"{name}={value}" for name, value in changes.items())
-    return config["method"]["label"] + (f" ({listed})" if listed else "")
+    name: str = config["method"]["label"]
+    return f"{name} ({listed})" if listed else name
 
 
 def model_name(config: dict[str, Any]) -> str:

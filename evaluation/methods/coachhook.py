@@ -10,7 +10,8 @@ from torch import nn
 
 from coachhook_plugin import Request
 from coachhook_plugin.hparams import CoachHooKHparams
-from coachhook_plugin.session import EditSession, SessionState
+from coachhook_plugin.session import EditSession
+from coachhook_plugin.state import SessionState
 from coachhook_plugin.tokens import Encoder
 
 from ..data import Record
@@ -27,7 +28,8 @@ class CoachHooK:
     def __init__(self, hparams: CoachHooKHparams) -> None:
         from coachhook_plugin.editor import CoachHooKEditor
 
-        self.editor: Any = CoachHooKEditor.from_hparams(hparams)
+        editor: Any = CoachHooKEditor  # its base class is the toolkit's, without types
+        self.editor = editor.from_hparams(hparams)
         self.model: nn.Module = self.editor.model
         self.tokenizer: Any = self.editor.tok
 

@@ -40,7 +40,7 @@ def interval_of_mean_score(rows: Sequence[Sequence[float]], seed: int = 0) -> In
         taken = table[drawn]  # (b, records, scores)
         known = ~np.isnan(taken)
         sums = np.where(known, taken, 0).sum(1)
-        return np.nanmean(sums / np.where(known.any(1), known.sum(1), np.nan), axis=1)
+        return np.asarray(np.nanmean(sums / np.where(known.any(1), known.sum(1), np.nan), axis=1))
 
     return _bootstrap(len(table), statistic, float(statistic(np.arange(len(table))[None])[0]), seed)
 
@@ -63,7 +63,7 @@ def interval_of_ratio(
         if b is None:
             return np.asarray(rate)
         other = b[drawn].sum(1)
-        return np.exp(rate - other[:, 0] / other[:, 1])
+        return np.asarray(np.exp(rate - other[:, 0] / other[:, 1]))
 
     with np.errstate(over="ignore"):
         value = float(statistic(np.arange(len(a))[None])[0])

@@ -26,7 +26,7 @@ def window_losses(
     device = next(model.parameters()).device
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens], device=device)
     found = []
-    for part in ids.split(window):
+    for part in torch.split(ids, window):
         if len(part) < 2:
             continue
         logits = model(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False).logits

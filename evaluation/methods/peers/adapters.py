@@ -106,6 +106,6 @@ class Grace(Adapter):
         return Asking(alone=True, use_cache=False, at=self._look_at)
 
     def _look_at(self, place: int) -> None:
-        module = self._adapter()
+        module: Any = self._adapter()
         if hasattr(module, "key_id"):
             module.key_id = place
