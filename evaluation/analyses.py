@@ -20,6 +20,9 @@ from .pictures import COLOURS, MARKERS, new_figure, save_figure
 from .protocol import METRICS
 from .run import slug
 
+# What else a hyperparameter is called, or what is shown of it.
+MEANS = {"mom2_update_weight": " (lambda)", "layers": " (number)"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -93,17 +96,15 @@ def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
                 below = [max(0.0, of[0] - of[1]) for _, of in points]
                 above = [max(0.0, of[2] - of[0]) for _, of in points]
                 axis.errorbar(x, y, yerr=[below, above], marker=MARKERS[i], color=COLOURS[i], capsize=2, label=metric)
-        axis.set_xlabel(name.replace("_", " ") + (" (number)" if name == "layers" else ""))
-        if words:
-            axis.set_xticks(places, [str(value_of(row, name)) for row in known])
-        elif min(places) > 0 and max(places) / min(places) > 20:
+        axis.set_xlabel(name.replace("_", " ") + MEANS.get(name, ""))
+        if not words and min(places) > 0 and max(places) / min(places) > 20:
             axis.set_xscale("log")
-        else:
-            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.minorticks_off()
+        axis.set_xticks(places, [str(value_of(row, name)) if words else f"{value_of(row, name):g}" for row in known])
     left.set_ylim(-0.02, 1.04)
     left.set_title(title.replace(", ", "\n", 1), loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.16))
     save_figure(figure, path)
     return figure
 
