@@ -53,7 +53,7 @@ def draw_sweeps(jobs: Sequence[Job], folder: Path) -> list[Path]:
     for (method, title), (name, rows) in found.items():
         stem = name if len(found) == 1 else slug(f"{name} {method} {title}")
         drawn.append(folder / f"{stem}.png")
-        draw_sweep(rows, name, f"{method}, {title}", drawn[-1])
+        draw_sweep(rows, name, f"{method}\n{title}", drawn[-1])
     return drawn
 
 
@@ -102,7 +102,7 @@ def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
             axis.minorticks_off()
         axis.set_xticks(places, [str(value_of(row, name)) if words else f"{value_of(row, name):g}" for row in known])
     left.set_ylim(-0.02, 1.04)
-    left.set_title(title.replace(", ", "\n", 1), loc="left", fontsize=10)
+    left.set_title(title, loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.16))
     save_figure(figure, path)
