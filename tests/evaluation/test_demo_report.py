@@ -1,4 +1,4 @@
-"""What a run leaves behind: figures, a line for each edit, a picture, a table."""
+"""What the demo leaves behind: figures, a line for each edit, a picture, a table."""
 
 from __future__ import annotations
 
