@@ -85,13 +85,25 @@ def memit(model_name: str, count: int, steps: int) -> dict[str, Any]:
         }
 
 
-def consecutive(model_name: str, batches: int, size: int) -> dict[str, Any]:
-    """Seconds of every batch, all of the same requests and with all steps, so that each does the same work."""
+def consecutive(model_name: str, batches: int, size: int, turns: int) -> dict[str, Any]:
+    """Seconds of every batch, all of the same requests and with all steps, so that each does the same work.
+
+    Beside each of the last `turns` batches the first one is timed once more, as the machine's own speed changes in the
+    minutes between the two.
+    """
     session = _session(model_name, v_num_grad_steps=4, **ALL_STEPS)
     start = session.state
     session.edit(_requests(size))
     session.restore(start)
-    return {"seconds": [session.edit(_requests(size)).seconds for _ in range(batches)]}
+    seconds, first = [], []
+    for batch in range(batches):
+        if batch >= batches - turns:
+            here = session.state
+            session.restore(start)
+            first.append(session.edit(_requests(size)).seconds)
+            session.restore(here)
+        seconds.append(session.edit(_requests(size)).seconds)
+    return {"seconds": seconds, "first_in_turn": first}
 
 
 def key_statistics(model_name: str, tokens: int, even: bool = False) -> dict[str, Any]:

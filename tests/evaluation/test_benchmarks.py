@@ -12,6 +12,7 @@ import yaml
 import zoo
 from rich.console import Console
 
+from coachhook_plugin import EditSession
 from evaluation.benchmarks.__main__ import Bench
 from evaluation.benchmarks.jobs import ALL_STEPS, JOBS, arithmetic, consecutive, edits, inference, key_statistics
 from evaluation.benchmarks.report import BARS, draw, reached, show
@@ -38,8 +39,21 @@ def test_equal_steps_are_equal(model: str) -> None:
     assert set(ALL_STEPS.values()) == {0.0}
 
 
-def test_every_consecutive_batch_is_timed(model: str) -> None:
-    assert len(consecutive(model, batches=3, size=2)["seconds"]) == 3
+def test_every_consecutive_batch_is_timed_and_beside_the_late_ones_the_first_one_again(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited: list[int] = []  # edits in force before each batch
+    edit = EditSession.edit
+
+    def noted(self: EditSession, requests: Any) -> Any:
+        edited.append(self.state.step)
+        return edit(self, requests)
+
+    monkeypatch.setattr(EditSession, "edit", noted)
+    told = consecutive(model, batches=4, size=2, turns=2)
+    assert edited == [0, 0, 1, 0, 2, 0, 3]  # the first of all warms up
+    assert len(told["seconds"]) == 4
+    assert len(told["first_in_turn"]) == 2
 
 
 def test_inference_is_timed_with_and_without_hooks_in_turn(model: str) -> None:
@@ -90,7 +104,7 @@ def test_the_report_says_which_bars_are_reached(tmp_path: Path) -> None:
     assert all(reached(name, value) for name, value in figures.items())
     figures["forward_overhead"] = 1.2
     figures |= {"edits_per_second": {"1": 0.2, "10": 0.4}, "seconds_per_edit": {"toolkit_memit": 20.0}}
-    figures["raw_batches"] = {"seconds": [1.0, 1.1]}
+    figures["raw_batches"] = {"seconds": [1.0, 1.1], "first_in_turn": [1.05]}
     console = Console(file=io.StringIO(), width=120)
     show(json.loads(json.dumps(figures)), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
