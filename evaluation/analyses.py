@@ -33,8 +33,10 @@ def main() -> None:
             parser.error(f"{folder} holds no finished job; run python -m evaluation.run -m experiment={folder.name}")
         scored = [job for job in jobs if has_key_scores(job)]
         if scored:
-            draw_key_token(key_token(scored[0]), folder / "key-token.png")
-            print(f"{folder / 'key-token.png'}: of {scored[0].folder.name}")
+            found = key_token(scored[0])
+            draw_key_token(found, folder / "key-token.png")
+            (folder / "key-token.csv").write_text(key_token_table(found), encoding="utf-8")
+            print(f"{folder / 'key-token.png'} and .csv: of {scored[0].folder.name}")
         else:
             drawn = draw_sweeps(jobs, folder)
             if not drawn:
@@ -129,6 +131,16 @@ def key_token(job: Job) -> dict[str, dict[int, tuple[float, float]]]:
             key, rest = zip(*pairs, strict=True)
             found.setdefault(layer, {})[edits] = (statistics.fmean(key), statistics.fmean(rest))
     return found
+
+
+def key_token_table(found: dict[str, dict[int, tuple[float, float]]]) -> str:
+    """What `key_token` found, as CSV."""
+    lines = [
+        f"{layer},{edits},{key:.4f},{others:.4f}"
+        for layer, steps in sorted(found.items(), key=lambda pair: int(pair[0]))
+        for edits, (key, others) in steps.items()
+    ]
+    return "\n".join(["layer,edits,z_last_subject_token,z_other_tokens", *lines]) + "\n"
 
 
 def z_scores(norms: Sequence[float]) -> list[float]:

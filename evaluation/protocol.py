@@ -318,9 +318,10 @@ def consecutive(
     journal = Memory()
     spread = records[:: max(1, len(records) // samples)][:samples] if samples else []
     method.prepare()
-    said_before = generate(method.model, method.tokenizer, [record.prompt for record in spread])
+    prompts = [record.prompt for record in spread]
+    said_before = generate(method.model, method.tokenizer, prompts, asking=method.asking)
     run(method, records, Plan(batch_size, held_text), journal)
-    said_after = generate(method.model, method.tokenizer, [record.prompt for record in spread])
+    said_after = generate(method.model, method.tokenizer, prompts, asking=method.asking)
     old, new = journal.phases[BEFORE], journal.phases[after_phase(len(records))]
     before, after = ([Reading.from_dict(row) for row in phase.rows] for phase in (old, new))
     scores = [(score(b, b), score(b, a)) for b, a in zip(before, after, strict=True)]

@@ -1,6 +1,6 @@
 """What the jobs of a run say together: `leaderboard.md`, `.csv`, `.json`, plots, and one HTML page.
 
-    python -m evaluation.leaderboard results/board
+    python -m evaluation.leaderboard results/board [--against CoachHooK]
 
 makes them again from what lies in `results/board/jobs`; `evaluation.run` does so at its end.
 """
@@ -33,16 +33,12 @@ SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind
 
 def build(folder: Path) -> list[Row]:
     """Write the leaderboard of `folder` beside its jobs, and return its rows."""
-    jobs = load_jobs(folder)
+    edited, jobs = _ranked(folder)
     if not jobs:
         return []
-    named = zip(name_files([row_of(job) for job in jobs]), jobs, strict=True)
-    found = sorted(named, key=lambda pair: _order(pair[0]))
     firsts: dict[Any, Job] = {}
-    for row, job in found:
+    for row, job in zip(edited, jobs, strict=True):
         row.metrics["behind_first"] = behind(firsts.setdefault(row.group, job), job)
-    jobs = [job for _, job in found]
-    edited = told_apart([row for row, _ in found], jobs)
     rows = sorted([*edited, *_unedited(edited, jobs, firsts)], key=_order)
     listed = json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
     (folder / "leaderboard.json").write_text(f"{listed}\n", encoding="utf-8")
@@ -56,6 +52,36 @@ def build(folder: Path) -> list[Row]:
             plots[name] = (folder / f"{name}.svg").read_text(encoding="utf-8")
     (folder / "leaderboard.html").write_text(page(folder.name, rows, jobs, plots, note.strip()), encoding="utf-8")
     return rows
+
+
+def against(folder: Path, method: str) -> str:
+    """By how much the mean of the three scores of `method` is above each other one's, on the same records.
+
+    Raises:
+        ValueError: no row of the leaderboard has this name.
+    """
+    edited, jobs = _ranked(folder)
+    ours = {row.group: job for row, job in zip(edited, jobs, strict=True) if row.method == method}
+    if not ours:
+        raise ValueError(
+            f"{folder} has no method {method!r}; it has {', '.join(dict.fromkeys(r.method for r in edited))}"
+        )
+    groups: dict[str, list[list[str]]] = {}
+    for row, job in zip(edited, jobs, strict=True):
+        if row.group in ours and row.method != method:
+            lead = "{:.3f} ({:.3f}..{:.3f})".format(*behind(ours[row.group], job))
+            groups.setdefault(row.title, []).append([row.method, cell(row, "mean", interval=False), lead])
+    head = ["method", "mean", f"{method} is ahead by"]
+    return "\n\n".join(f"### {title}\n\n{markdown_table(head, lines)}" for title, lines in groups.items()) + "\n"
+
+
+def _ranked(folder: Path) -> tuple[list[Row], list[Job]]:
+    """A row for each finished job, and the jobs; by group, the best first."""
+    jobs = load_jobs(folder)
+    named = zip(name_files([row_of(job) for job in jobs]), jobs, strict=True)
+    found = sorted(named, key=lambda pair: _order(pair[0]))
+    jobs = [job for _, job in found]
+    return told_apart([row for row, _ in found], jobs), jobs
 
 
 def _unedited(rows: Sequence[Row], jobs: Sequence[Job], firsts: dict[Any, Job]) -> list[Row]:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import build, markdown
+from . import against, build, markdown
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 parser.add_argument("folders", type=Path, nargs="+")
-for folder in parser.parse_args().folders:
+parser.add_argument("--against", metavar="METHOD", help="also write against.md: how far it is ahead of each other one")
+options = parser.parse_args()
+for folder in options.folders:
     rows = build(folder)
     if not rows:
         parser.error(f"{folder} holds no finished job; run python -m evaluation.run run={folder.name} first")
     print(markdown(rows))
+    if options.against:
+        try:
+            text = against(folder, options.against)
+        except ValueError as error:
+            parser.error(str(error))
+        (folder / "against.md").write_text(text, encoding="utf-8")
+        print(text)

@@ -15,6 +15,8 @@ from ..data import Probe, Record
 from ..journal import ABOUT, CONFIG, DONE, FAILED, RECORDS, TOOLKIT, Folder, Phase
 from ..protocol import BEFORE, Reading
 
+MOST_NAMED = 3  # values of one thing; of more, their number is told
+
 
 @dataclass(frozen=True)
 class Job:
@@ -94,7 +96,9 @@ def mixed(jobs: Sequence[Job]) -> str:
     differences = []
     for name in dict.fromkeys(name for one in made for name in one):
         found = sorted({str(one[name]) for one in made if one.get(name)})
-        if len(found) > 1:
+        if len(found) > MOST_NAMED:
+            differences.append(f"{len(found)} values of {name}")
+        elif len(found) > 1:
             differences.append(f"{name} {' and '.join(found)}")
     return ", ".join(differences)
 
@@ -102,7 +106,7 @@ def mixed(jobs: Sequence[Job]) -> str:
 def _made(about: dict[str, Any]) -> dict[str, Any]:
     commits = {name: (about.get(f"{name}_commit") or "")[:7] for name in ("toolkit", "project")}
     commits["toolkit"] = commits["toolkit"] or about.get("toolkit")
-    place = {name: about.get(name) for name in ("device", "processor", "threads")}
+    place = {name: about.get(name) or "unknown" for name in ("device", "processor", "threads")}
     return {**about.get("versions", {}), **commits, **place}
 
 

@@ -18,6 +18,7 @@ from evaluation.analyses import (
     draw_sweeps,
     has_key_scores,
     key_token,
+    key_token_table,
     swept,
     value_of,
     z_scores,
@@ -94,6 +95,7 @@ def test_the_key_token_is_compared_with_the_mean_of_the_others(tmp_path: Path) -
     high, low = z_scores([0.0, 3.0, 0.0])[1::-1]
     assert scores["4"] == {2: pytest.approx((high, low)), 4: pytest.approx((high, low))}
     assert scores["5"][4] == pytest.approx((low, (low + high) / 2))
+    assert key_token_table(scores).splitlines()[1] == f"4,2,{high:.4f},{low:.4f}"
     draw_key_token(scores, tmp_path / "key.png")
     assert (tmp_path / "key.png").stat().st_size > 5000
 

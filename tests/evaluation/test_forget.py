@@ -33,6 +33,8 @@ def test_what_is_forgotten_and_what_stays_are_told_apart(
     (tmp_path / "facts.json").write_text(json.dumps(records))
     found = run(str(tmp_path / "tiny.yaml"), tmp_path / "facts.json", 4, 1, 0, zoo.TEXT[:200], tmp_path / "edits")
     assert (found["forgotten"]["count"], found["others"]["count"]) == (1, 3)
+    assert found["forgotten"]["same_answer"] == 1
+    assert found["forgotten"]["after"] == found["forgotten"]["before"]
     for group in ("forgotten", "others"):
         of = found[group]
         assert of["before"]["locality"] == 1

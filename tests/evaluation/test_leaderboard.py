@@ -19,7 +19,7 @@ import yaml
 
 from evaluation.data import Probe, Record
 from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase
-from evaluation.leaderboard import COLUMNS, build, plots, row_of
+from evaluation.leaderboard import COLUMNS, against, build, plots, row_of
 from evaluation.leaderboard.jobs import Job, mixed
 from evaluation.leaderboard.page import embedded
 from evaluation.leaderboard.rows import Row, model_name, told_apart
@@ -149,6 +149,10 @@ def test_rows_made_with_different_programs_are_told(tmp_path: Path) -> None:
     jobs = [Job(tmp_path / str(i)) for i in range(2)]
     assert mixed(jobs[:1]) == "project aaaaaaa and bbbbbbb"
     assert mixed(jobs) == "toolkit ccccccc and release, project aaaaaaa and bbbbbbb, threads 1 and 2"
+    many = [{**new, "project_commit": letter * 40, "processor": "x86"} for letter in "cdef"]
+    (tmp_path / "0" / ABOUT).write_text(json.dumps({**new, "earlier": many}))
+    told = mixed([Job(tmp_path / "0")])
+    assert told == "5 values of project, processor unknown and x86"
 
 
 def test_whoever_reads_the_leaderboard_learns_that_its_rows_were_not_made_alike(board: Path) -> None:
@@ -159,6 +163,19 @@ def test_whoever_reads_the_leaderboard_learns_that_its_rows_were_not_made_alike(
     build(board)
     assert "Not all of these rows were made alike: torch 3 and <2>." in (board / "leaderboard.md").read_text()
     assert "Not all of these rows were made alike: torch 3 and &lt;2&gt;." in (board / "leaderboard.html").read_text()
+
+
+def test_how_far_one_method_is_ahead_of_each_other_one_is_told_on_the_same_records(board: Path) -> None:
+    means = {row.method: row.metrics["mean"][0] for row in build(board)}
+    best, *others = (name for name in means if name != "unedited")
+    lines = [line.split(" | ") for line in against(board, best).splitlines() if line.startswith("| ")]
+    told = {line[0].removeprefix("| "): line[2] for line in lines[1:]}
+    assert set(told) == set(others)
+    for name in others:
+        assert told[name].startswith(f"{means[best] - means[name]:.3f} (")
+    assert against(board, others[0]).count(f"| {best} | {means[best]:.3f} | -") == 1
+    with pytest.raises(ValueError, match=f"has no method 'C'; it has {best}"):
+        against(board, "C")
 
 
 def test_records_of_another_file_or_order_are_not_compared_with_these(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.leaderboard.rows import COLUMNS, UNKNOWN, Row
+from evaluation.leaderboard import load_jobs, row_of
+from evaluation.leaderboard.rows import COLUMNS, THREE, UNKNOWN, Row
 from evaluation.protocol import METRICS
-from evaluation.readme import ROOT, TABLES, figures, filled
+from evaluation.readme import RESULTS, ROOT, TABLES, figures, filled
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -18,6 +19,19 @@ def test_the_readme_shows_the_committed_figures(name: str) -> None:
     told = json.loads(figures(name).read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert filled(readme, name, TABLES[name](told)) == readme
+
+
+def test_the_committed_leaderboard_is_what_its_jobs_say() -> None:
+    committed = {
+        row["job"]: row for row in json.loads(figures("leaderboard").read_text()) if row["method"] != "unedited"
+    }
+    jobs = load_jobs(RESULTS / "leaderboard")
+    assert {job.folder.name for job in jobs} == set(committed)
+    for job in jobs:
+        found, told = row_of(job).to_dict(), committed[job.folder.name]
+        assert (found["dataset"], found["edits"]) == (told["dataset"], told["edits"])
+        for name in THREE:
+            assert found[name] == pytest.approx(told[name], abs=1e-9), (job.folder.name, name)
 
 
 def test_a_leaderboard_has_a_line_for_each_method_and_what_is_unknown_stays_empty() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -32,6 +34,8 @@ def test_scores_are_the_toolkits(version: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("toolkit") == ("checkout" if version == "head" else importlib.metadata.version("easyeditor"))
+    assert found.pop("sha256") == hashlib.sha256(FACTS.read_bytes()).hexdigest()
     assert found.pop("records") == 2
     assert found.pop("figures") >= 2 * (2 + 2 + 2 + 2)
     assert all(found.pop(f"changed, {side}") > 0 for side in ("left", "right")), "no answer changed: nothing compared"
