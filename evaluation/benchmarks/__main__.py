@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class Bench:
             runs["toolkit_memit"].append(self.job("memit", count=10, steps=STEPS))
             runs["ours_equal_steps"].append(self.job("edits", count=10, steps=STEPS))
             runs["ours_default"].append(self.job("edits", count=10))
-        theirs, equal, default = (_median([run["seconds"] for run in found]) for found in runs.values())
+        theirs, equal, default = (median([run["seconds"] for run in found]) for found in runs.values())
         operations = self.job("arithmetic", count=10)
         return {
             "edit_speedup_equal_steps": theirs / equal,
@@ -100,7 +99,7 @@ class Bench:
         found: dict[str, Any] = {"raw_statistics": {}}
         for name, even in (("statistics_speedup_vs_toolkit", False), ("statistics_speedup_without_padding", True)):
             runs = [self.job("key_statistics", tokens=15360, even=even) for _ in range(repeats)]
-            found[name] = _median([run["toolkit"] for run in runs]) / _median([run["ours"] for run in runs])
+            found[name] = median([run["toolkit"] for run in runs]) / median([run["ours"] for run in runs])
             found["raw_statistics"][name] = runs
         return found
 
@@ -108,15 +107,15 @@ class Bench:
         """What the hook layers cost a forward pass and a cached decoding step."""
         run = self.job("inference", repeats=21)
         return {
-            "forward_overhead": _median(run["forward"]) / _median(run["forward_base"]),
-            "decode_overhead": _median(run["decode"]) / _median(run["decode_base"]),
+            "forward_overhead": median(run["forward"]) / median(run["forward_base"]),
+            "decode_overhead": median(run["decode"]) / median(run["decode_base"]),
             "raw_inference": run,
         }
 
     def batches(self) -> dict[str, Any]:
         """The last of 50 consecutive batches beside the first."""
         run = self.job("consecutive", batches=50, size=10, turns=TURNS)
-        last, first = _median(run["seconds"][-TURNS:]), _median(run["first_in_turn"])
+        last, first = median(run["seconds"][-TURNS:]), median(run["first_in_turn"])
         return {"batch50_over_batch1": last / first, "raw_batches": run}
 
     def memory(self) -> dict[str, Any]:
@@ -143,10 +142,6 @@ class Bench:
             subprocess.run([*command, "--arguments", json.dumps(arguments)], check=True, env=os.environ)
             told: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
             return told
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 if __name__ == "__main__":

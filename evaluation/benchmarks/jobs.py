@@ -22,8 +22,9 @@ from coachhook_plugin.collection import collected_sums
 from coachhook_plugin.text import text_source
 from coachhook_plugin.trace import frozen
 
-from ..data import load_facts
+from ..data import HELD_TEXT, load_facts
 from ..methods import toolkit_statistics
+from ..metrics import wait
 from ..protocol import peak_megabytes
 
 # Neither stop test fires: every request takes all its steps.
@@ -146,22 +147,24 @@ def inference(model_name: str, repeats: int) -> dict[str, Any]:
     session = _session(model_name)
     session.edit(_requests(10))
     model: Any = session.model
-    held = Path(__file__).parent.parent / "facts" / "held_text.txt"
-    ids = torch.tensor(session.tokenizer(held.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    ids = torch.tensor(session.tokenizer(HELD_TEXT.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     rows = ids.repeat(-(-8 * 256 // len(ids)))[: 8 * 256].view(8, 256).to(session.device)
 
     @torch.no_grad()
     def forward() -> float:
         started = time.perf_counter()
         model(input_ids=rows, use_cache=False)
+        wait(session.device)
         return time.perf_counter() - started
 
     @torch.no_grad()
     def decode(steps: int = 32) -> float:
         past = model(input_ids=rows[:1, :64], use_cache=True).past_key_values
+        wait(session.device)
         started = time.perf_counter()
         for at in range(steps):
             past = model(input_ids=rows[:1, 64 + at : 65 + at], past_key_values=past, use_cache=True).past_key_values
+        wait(session.device)
         return (time.perf_counter() - started) / steps
 
     found: dict[str, list[float]] = {name: [] for name in ("forward", "forward_base", "decode", "decode_base")}
@@ -182,12 +185,13 @@ def arithmetic(model_name: str, count: int) -> dict[str, Any]:
     with counter:
         seconds = session.edit(_requests(count)).seconds
     d, m = session.state.layers[session.hparams.layers[0]].delta.shape
-    one, other = torch.randn(512, d), torch.randn(d, m)
+    one, other = torch.randn(512, d, device=session.device), torch.randn(d, m, device=session.device)
     rates = []
     for _ in range(7):
         started = time.perf_counter()
         for _ in range(20):
             one @ other
+        wait(session.device)
         rates.append(20 * 2 * 512 * d * m / (time.perf_counter() - started))
     gc.collect()
     return {"operations": counter.get_total_flops(), "rate": statistics.median(rates), "seconds_counted": seconds}
