@@ -25,8 +25,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     # How the residual is spread has no part in who is let in: one run of each scope tells it.
     runs = list({(run["dataset"], run["settings"]["scope"]): run for run in reversed(runs)}.values())[::-1]
     datasets = list(dict.fromkeys(run["dataset"] for run in runs))
-    scopes = list(dict.fromkeys(run["scope"] for run in runs))
-    of_scope = dict(zip(sorted(scopes), COLOURS, strict=False))
+    scopes = sorted({run["scope"] for run in runs})
+    of_scope = dict(zip(scopes, COLOURS, strict=False))
     figure, axes = new_figure(len(datasets), 1 + len(scopes), 4, 3.6)
     for row, dataset in zip(axes, datasets, strict=True):
         of = {run["scope"]: run for run in runs if run["dataset"] == dataset}
@@ -41,7 +41,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
         row[0].set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1.02), xlabel="share of other tokens let in")
         row[0].set_ylabel("share of subjects let in")
         row[0].set_title(f"{dataset}: any threshold", loc="left", fontsize=10)
-        row[0].legend(frameon=False, fontsize=8, loc="lower right")
+        row[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.16))
         for axis, scope in zip(row[1:], scopes, strict=True):
             if scope not in of:
                 axis.set_visible(False)
