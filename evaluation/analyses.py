@@ -103,7 +103,7 @@ def draw_sweep(rows: Sequence[Row], name: str, title: str, path: Path) -> Any:
             axis.set_xscale("log")
             axis.minorticks_off()
         axis.set_xticks(places, [str(value_of(row, name)) if words else f"{value_of(row, name):g}" for row in known])
-    left.set_ylim(-0.02, 1.04)
+    left.set(ylim=(-0.02, 1.04), ylabel="share of tokens")
     left.set_title(title, loc="left", fontsize=10)
     right.set_title("Perplexity ratio", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.16))
