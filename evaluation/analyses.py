@@ -130,14 +130,14 @@ def key_token(job: Job) -> dict[str, dict[int, tuple[float, float]]]:
         for layer, pairs in by_layer.items():
             key, rest = zip(*pairs, strict=True)
             found.setdefault(layer, {})[edits] = (statistics.fmean(key), statistics.fmean(rest))
-    return found
+    return dict(sorted(found.items(), key=lambda pair: int(pair[0])))
 
 
 def key_token_table(found: dict[str, dict[int, tuple[float, float]]]) -> str:
     """What `key_token` found, as CSV."""
     lines = [
         f"{layer},{edits},{key:.4f},{others:.4f}"
-        for layer, steps in sorted(found.items(), key=lambda pair: int(pair[0]))
+        for layer, steps in found.items()
         for edits, (key, others) in steps.items()
     ]
     return "\n".join(["layer,edits,z_last_subject_token,z_other_tokens", *lines]) + "\n"
@@ -154,7 +154,7 @@ def z_scores(norms: Sequence[float]) -> list[float]:
 def draw_key_token(found: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
     """Two lines for each layer: the key token's z, and the mean of the others'."""
     figure, ((axis,),) = new_figure(1, 1, 4.6, 3.6)
-    for i, (layer, steps) in enumerate(sorted(found.items(), key=lambda pair: int(pair[0]))):
+    for i, (layer, steps) in enumerate(found.items()):
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         axis.plot(list(steps), [key for key, _ in steps.values()], label=f"layer {layer}", **style)
         axis.plot(list(steps), [rest for _, rest in steps.values()], linestyle=":", **style)

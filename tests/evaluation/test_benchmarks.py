@@ -42,7 +42,7 @@ def test_equal_steps_are_equal(model: str) -> None:
 def test_every_consecutive_batch_is_timed_and_beside_the_late_ones_the_first_one_again(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edited: list[int] = []  # edits in force before each batch
+    edited: list[int] = []  # steps taken before each batch
     edit = EditSession.edit
 
     def noted(self: EditSession, requests: Any) -> Any:
