@@ -128,6 +128,12 @@ class Folder:
         return self.path / "phases" / f"{name}.jsonl"
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; numbers of numpy become plain ones."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.item())
+    write_whole(path, lambda stream: stream.write(f"{text}\n".encode()))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file."""
     # By line feeds alone: the texts inside may hold what else `splitlines` takes for an end of line.

@@ -11,6 +11,8 @@ import numpy as np
 from .pictures import COLOURS, new_figure, save_figure
 
 GROUPS = ("edited", "rephrased", "neighbours", "text")
+MARKERS = "os^D"
+NONE = 1e-4  # where nothing let in stands on the logarithmic axis
 
 
 def roc(inside: Sequence[float], outside: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -30,15 +32,19 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = new_figure(len(datasets), 1 + len(scopes), 4, 3.6)
     for row, dataset in zip(axes, datasets, strict=True):
         of = {run["scope"]: run for run in runs if run["dataset"] == dataset}
-        for scope, run in of.items():
+        for scope in filter(of.__contains__, scopes):
+            run = of[scope]
             last = run["margins"][max(run["margins"], key=int)]
             inside = last["edited"] + last["rephrased"]
             for group, style in (("text", "-"), ("neighbours", "--")):
                 x, y = roc(inside, last[group])
-                row[0].plot(np.clip(x, 1e-4, 1), y, style, color=of_scope[scope], label=f"{scope}, {group}")
+                row[0].plot(np.clip(x, NONE, 1), y, style, color=of_scope[scope], label=f"{scope}, {group}")
             let_in, reached = (np.mean(np.array(values) >= 1) for values in (last["text"], inside))
-            row[0].plot(max(let_in, 1e-4), reached, "o", color=of_scope[scope])
-        row[0].set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1.02), xlabel="share of other tokens let in")
+            row[0].plot(max(let_in, NONE), reached, "o", color=of_scope[scope], clip_on=False)
+        row[0].plot([], [], "o", color=COLOURS[6], label="threshold in use")
+        row[0].set(xscale="log", xlim=(NONE / 1.3, 1), ylim=(0, 1.04), xlabel="share of other tokens let in")
+        row[0].set_xticks([NONE, 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
+        row[0].minorticks_off()
         row[0].set_ylabel("share of subjects let in")
         row[0].set_title(f"{dataset}: any threshold", loc="left", fontsize=10)
         row[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.16))
@@ -47,9 +53,10 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.set_visible(False)
                 continue
             steps = sorted(of[scope]["margins"], key=int)
-            for group, colour in zip(GROUPS, COLOURS, strict=False):
+            for group, colour, marker in zip(GROUPS, COLOURS, MARKERS, strict=False):
                 rates = [np.mean(np.array(of[scope]["margins"][step][group]) >= 1) for step in steps]
-                axis.plot([int(step) for step in steps], rates, "o-", color=colour, markersize=4, label=group)
+                style = {"color": colour, "marker": marker, "markersize": 5, "fillstyle": "none"}
+                axis.plot([int(step) for step in steps], rates, label=group, **style)
             axis.set(ylim=(-0.02, 1.02), xlabel="edits so far", ylabel="share let in")
             axis.set_title(f"{dataset}: {scope}", loc="left", fontsize=10)
             axis.legend(frameon=False, fontsize=8, loc="center right")

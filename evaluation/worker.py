@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from coachhook_plugin.cache import write_whole
-
 from .data import HELD_TEXT, Record, load_facts
 from .entry_points import ENTRY_POINTS, entry_point, toolkit_shape
-from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder
+from .journal import ABOUT, BUSY, DONE, FAILED, LOCK, RECORDS, TOOLKIT, Folder, write_json
 from .machine import processor
 from .methods import CoachHooK, Peer, build
 from .processes import end_with
@@ -58,8 +56,8 @@ def work(config: dict[str, Any], folder: Path) -> None:
     data = load_dataset(edits=config["edits"], **given)
     held = (Path(config["held_text"]) if config["held_text"] else HELD_TEXT).read_text(encoding="utf-8")
     settle_paths(config)
-    write(folder / RECORDS, [asdict(record) for record in data.records])
-    write(folder / ABOUT, with_earlier(about(config, data), folder / ABOUT))
+    write_json(folder / RECORDS, [asdict(record) for record in data.records])
+    write_json(folder / ABOUT, with_earlier(about(config, data), folder / ABOUT))
     os.chdir(folder)  # the toolkit writes its logs into the working directory
     seed_everything(config["seed"])
     method = build(
@@ -78,14 +76,14 @@ def work(config: dict[str, Any], folder: Path) -> None:
         method.prepare()  # else the time of its first edit holds it
         seed_everything(config["seed"])
         found = entry_point(method, data.records, protocol["name"], config["batch_size"], protocol["sequential"])
-        write(folder / TOOLKIT, found)
+        write_json(folder / TOOLKIT, found)
     else:
         run(method, data.records, plan(config, held), journal)
         if protocol["name"] == "consecutive":
-            write(folder / TOOLKIT, toolkit_shape(data.records, journal))
+            write_json(folder / TOOLKIT, toolkit_shape(data.records, journal))
     one_by_one = protocol["name"] == "edit" or (protocol["name"] != "single" and method.one_by_one)
     finished = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else config["batch_size"]})
+    write_json(folder / DONE, {"finished": finished, "batch_size": 1 if one_by_one else config["batch_size"]})
     journal.forget_scratch()
     (folder / FAILED).unlink(missing_ok=True)  # of a call that found this one at work
 
@@ -174,12 +172,6 @@ def with_earlier(now: dict[str, Any], path: Path) -> dict[str, Any]:
     if old != now:
         earlier = [*earlier, old]
     return {**now, "earlier": earlier} if earlier else now
-
-
-def write(path: Path, content: Any) -> None:
-    """A JSON file; numbers of numpy become plain ones."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.item())
-    write_whole(path, lambda stream: stream.write(f"{text}\n".encode()))
 
 
 def _version(name: str) -> str | None:

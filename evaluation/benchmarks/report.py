@@ -50,11 +50,12 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             value, bar = figures[name], BARS[name][1]
             axis.barh(place, value, 0.55, color=GOOD if reached(name, value) else SHORT)
             axis.plot([bar, bar], [place - 0.38, place + 0.38], color="#333333", linewidth=1.5)
-            axis.text(max(value, bar), place, f" {value:.2f}", va="center", fontsize=9)
+            axis.text(0, place, f"  {value:.2f}", va="center", color="white", fontsize=9)
         axis.set_yticks(
             range(len(names)), [BARS[name][0].replace(" / ", " /\n") for name in reversed(names)], fontsize=8
         )
-        axis.set_title(f"{title} (line: the goal)", loc="left", fontsize=10)
+        missed = "" if all(reached(name, figures[name]) for name in names) else "; red: missed"
+        axis.set_title(f"{title} (line: the goal{missed})", loc="left", fontsize=10)
         axis.margins(x=0.15)
     if "edits_per_second" in figures and "seconds_per_edit" in figures:
         rates = {int(size): rate for size, rate in figures["edits_per_second"].items()}
@@ -69,7 +70,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         again = figures["raw_batches"]["first_in_turn"]
         batches.plot(range(1, len(seconds) + 1), seconds, ".-", color=GOOD)
         late = range(len(seconds) - len(again) + 1, len(seconds) + 1)
-        batches.plot(late, again, ".-", color="#777777", label="the first one again, in turn")
+        batches.plot(late, again, ".-", color=COLOURS[6], label="the first one again, in turn")
         batches.legend(frameon=False, fontsize=8, loc="lower right")
         batches.set(xlabel="consecutive batch", ylim=(0, max(*seconds, *again) * 1.15))
         batches.set_title("Seconds per batch (4 steps, the same 10 facts)", loc="left", fontsize=10)

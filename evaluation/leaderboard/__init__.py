@@ -1,6 +1,6 @@
 """What the jobs of a run say together: `leaderboard.md`, `.csv`, `.json`, plots, and one HTML page.
 
-    python -m evaluation.leaderboard results/board [--against CoachHooK]
+    python -m evaluation.leaderboard results/board [--against CoachHooK] [--publish FOLDER] [--data FILE ...]
 
 makes them again from what lies in `results/board/jobs`; `evaluation.run` does so at its end.
 """
@@ -23,17 +23,18 @@ from ..tables import markdown_table
 from .jobs import Job, load_jobs, mixed, unfinished
 from .page import page
 from .plots import retention, trade_off
+from .publish import publish
 from .rows import COLUMNS, Row, behind, name_files, row_of, told_apart, unedited
 
-__all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "row_of"]
+__all__ = ["COLUMNS", "AtTheEnd", "Job", "Row", "build", "cell", "load_jobs", "markdown", "publish", "row_of"]
 
 SHOWN = ("reliability", "generality", "locality", "portability", "mean", "behind_first", "starts_with_answer",
          "free_generation", "perplexity_ratio", "seconds_per_edit")  # fmt: skip
 
 
-def build(folder: Path) -> list[Row]:
-    """Write the leaderboard of `folder` beside its jobs, and return its rows."""
-    edited, jobs = _ranked(folder)
+def build(folder: Path, data: Sequence[Path] = ()) -> list[Row]:
+    """Write the leaderboard of `folder` beside its jobs, and return its rows; `data` as in `load_jobs`."""
+    edited, jobs = _ranked(load_jobs(folder, data))
     if not jobs:
         return []
     firsts: dict[Any, Job] = {}
@@ -60,7 +61,7 @@ def against(folder: Path, method: str) -> str:
     Raises:
         ValueError: no row of the leaderboard has this name.
     """
-    edited, jobs = _ranked(folder)
+    edited, jobs = _ranked(load_jobs(folder))
     ours = {row.group: job for row, job in zip(edited, jobs, strict=True) if row.method == method}
     if not ours:
         raise ValueError(
@@ -75,13 +76,12 @@ def against(folder: Path, method: str) -> str:
     return "\n\n".join(f"### {title}\n\n{markdown_table(head, lines)}" for title, lines in groups.items()) + "\n"
 
 
-def _ranked(folder: Path) -> tuple[list[Row], list[Job]]:
-    """A row for each finished job, and the jobs; by group, the best first."""
-    jobs = load_jobs(folder)
+def _ranked(jobs: Sequence[Job]) -> tuple[list[Row], list[Job]]:
+    """A row for each job, and the jobs; by group, the best first."""
     named = zip(name_files([row_of(job) for job in jobs]), jobs, strict=True)
     found = sorted(named, key=lambda pair: _order(pair[0]))
-    jobs = [job for _, job in found]
-    return told_apart([row for row, _ in found], jobs), jobs
+    ranked = [job for _, job in found]
+    return told_apart([row for row, _ in found], ranked), ranked
 
 
 def _unedited(rows: Sequence[Row], jobs: Sequence[Job], firsts: dict[Any, Job]) -> list[Row]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from ..data import Probe, Record
 from ..journal import ABOUT, CONFIG, DONE, FAILED, RECORDS, TOOLKIT, Folder, Phase
 from ..protocol import BEFORE, Reading
+from ..sources import load_dataset
 
 MOST_NAMED = 3  # values of one thing; of more, their number is told
 
@@ -23,6 +25,7 @@ class Job:
     """One method on one data set under one protocol."""
 
     folder: Path
+    files: Mapping[str, Path] = field(default_factory=dict, compare=False, repr=False)  # of data sets, by SHA-256
     # What `rows.record_scores` found, by step.
     scored: dict[int | None, list[dict[str, float]]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -41,7 +44,17 @@ class Job:
 
     @cached_property
     def records(self) -> list[Record]:
-        return [_record(row) for row in _json(self.folder / RECORDS)]
+        """What was edited. A published job knows no more than the names, but for the file of its data set."""
+        rows = _json(self.folder / RECORDS)
+        given = self.config["dataset"]
+        file = self.files.get(given["checksum"])
+        if all("prompt" in row for row in rows) or file is None:
+            return [_record(row) for row in rows]
+        choice = {name: given[name] for name in ("shape", "order", "skip")}
+        found = load_dataset(given["name"], len(rows), str(file), **choice).records
+        if [record.case_id for record in found] != [row["case_id"] for row in rows]:
+            raise ValueError(f"{file}: read today, it has other records than {self.folder.name} was made with")
+        return found
 
     @cached_property
     def journal(self) -> Folder:
@@ -85,9 +98,14 @@ class Job:
         return [Reading.from_dict(row) for row in phase.rows]
 
 
-def load_jobs(folder: Path) -> list[Job]:
-    """Every finished job under `folder`."""
-    return [Job(path.parent) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
+def load_jobs(folder: Path, data: Sequence[Path] = ()) -> list[Job]:
+    """Every finished job under `folder`.
+
+    Args:
+        data: files of data sets, for published jobs, which hold no texts of their records.
+    """
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in data}
+    return [Job(path.parent, files) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
 
 
 def mixed(jobs: Sequence[Job]) -> str:
@@ -124,6 +142,6 @@ def _json(path: Path) -> Any:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    probes = {name: tuple(Probe(**probe) for probe in row.pop(name)) for name in ("locality", "portability")}
+    probes = {name: tuple(Probe(**probe) for probe in row.pop(name, ())) for name in ("locality", "portability")}
     texts = {name: tuple(row.pop(name, ())) for name in ("rephrases", "steps")}
-    return Record(**{**row, **texts, **probes})
+    return Record(**{**dict.fromkeys(("prompt", "subject", "target_new"), ""), **row, **texts, **probes})

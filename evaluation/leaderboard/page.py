@@ -103,7 +103,7 @@ def _record(record: Record) -> dict[str, Any]:
         "id": record.case_id,
         "subject": record.subject,
         "old": record.ground_truth,
-        "prompt": [[record.prompt, record.target_new]],
+        "prompt": [[record.prompt or f"record {record.case_id}", record.target_new]],
         "rephrases": [[prompt, record.target_new] for prompt in record.rephrases],
         "locality": asked(record.locality),
         "portability": asked(record.portability),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,22 @@ from .jobs import Job
 from .rows import THREE, Row, record_scores
 
 LEGEND = 2.2  # inches
+# Methods keep their colour and marker in every picture; others get what these leave.
+KNOWN = (
+    "CoachHooK",
+    "MEMIT",
+    "AlphaEdit",
+    "CoachHooK (paper)",
+    "CoachHooK without accumulation",
+    "CoachHooK without hooks",
+    "CoachHooK, dynamic alpha",
+    "CoachHooK, static alpha",
+    "FT",
+    "GRACE",
+    "MEMIT (our engine)",
+    "UltraEdit",
+    "WISE",
+)
 
 
 def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
@@ -31,7 +48,7 @@ def retention(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
                 means = [mean_of_known([one[name] for one in record_scores(job, step)]) for step in steps]
                 axis.plot(steps, means, markersize=5, label=row.method, **styles[row.method], zorder=_on_top(rank))
             axis.set(ylim=(-0.02, 1.04), xlabel="edits so far")
-            axis.set_title(name, loc="left", fontsize=10)
+            axis.set_title(f"{name}, share of tokens", loc="left", fontsize=10)
         line[0].set_ylabel(group.replace(", ", "\n"))
         _legend(line, line[-1])
     save_figure(figure, path)
@@ -51,12 +68,14 @@ def trade_off(rows: Sequence[Row], jobs: Sequence[Job], path: Path) -> bool:
         for rank, (row, job) in enumerate(of_group):
             learned = [[one["reliability"], one["generality"]] for one in record_scores(job)]
             across, up = row.metrics["locality"], interval_of_mean_score(learned, job.config["seed"])
+            style = {**styles[row.method], "linestyle": "none", "zorder": _on_top(rank)}
             axis.errorbar(
                 across[0], up[0],
                 xerr=[[max(0, across[0] - across[1])], [max(0, across[2] - across[0])]],
                 yerr=[[max(0, up[0] - up[1])], [max(0, up[2] - up[0])]],
-                label=row.method, capsize=2, **{**styles[row.method], "linestyle": "none"}, zorder=_on_top(rank),
+                **{**style, "marker": ""}, elinewidth=0.8, alpha=0.6,
             )  # fmt: skip
+            axis.plot(across[0], up[0], label=row.method, **style)
         axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.04), xlabel="locality")
         axis.set_ylabel("mean of reliability and generality")
         axis.set_title(group.replace(", ", "\n", 1), loc="left", fontsize=10)
@@ -73,8 +92,9 @@ def _on_top(rank: int) -> float:
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     names = {row.method for row in rows}
-    # As in the demo's picture: CoachHooK, then MEMIT.
-    for i, name in enumerate(sorted(names, key=lambda name: (name != "CoachHooK", name != "MEMIT", name))):
+    places = {name: KNOWN.index(name) for name in names.intersection(KNOWN)}
+    free = (i for i in itertools.count() if i not in places.values())
+    for name, i in [*places.items(), *zip(sorted(names.difference(KNOWN)), free, strict=False)]:
         again, colour = divmod(i, len(COLOURS))
         styles[name] = {"color": COLOURS[colour], "marker": MARKERS[i % len(MARKERS)]}
         if again:  # hollow and dashed, beside the one that has the colour already

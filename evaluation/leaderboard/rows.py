@@ -30,8 +30,10 @@ UNKNOWN: Interval = (math.nan, math.nan, math.nan)
 UNEDITED = "unedited"
 # The three that every published comparison has.
 THREE = ("reliability", "generality", "locality")
+# Of what the model says by itself.
+SPOKEN = ("free_generation", "starts_with_answer")
 # Of each record.
-SCORES = (*METRICS, "free_generation", "starts_with_answer", "ES", "PS", "NS", "NKP")
+SCORES = (*METRICS, *SPOKEN, "ES", "PS", "NS", "NKP")
 COSTS = ("perplexity_ratio", "seconds_per_edit", "forward_overhead", "kept_megabytes", "peak_megabytes")
 COLUMNS = (
     *METRICS,
@@ -196,16 +198,26 @@ def _record_scores(job: Job, step: int | None) -> list[dict[str, float]]:
     assert after is not None
     pairs = zip(job.readings(job.before), job.readings(after), strict=False)
     return [
-        _scores(record, before, reading, row.get("generated"))
+        {**_scores(before, reading), **spoken(record, row)}
         for record, (before, reading), row in zip(job.records, pairs, after.rows, strict=False)
     ]
 
 
-def _scores(record: Record, before: Reading, after: Reading, generated: str | None) -> dict[str, float]:
+def spoken(record: Record, row: dict[str, Any]) -> dict[str, float]:
+    """Of what the model said by itself: whether that is the answer, and begins with it; empty where nobody asked.
+
+    Where a published job's row tells, the record's texts are not needed.
+    """
+    if all(name in row for name in SPOKEN):
+        return {name: row[name] for name in SPOKEN}
+    if row.get("generated") is None:
+        return {}
+    said, target = row["generated"], record.target_new
+    return dict(zip(SPOKEN, map(float, (is_answered(said, target), starts_with(said, target))), strict=True))
+
+
+def _scores(before: Reading, after: Reading) -> dict[str, float]:
     found = dict.fromkeys(SCORES, math.nan) | asdict(score(before, after))
-    if generated is not None:
-        found["free_generation"] = float(is_answered(generated, record.target_new))
-        found["starts_with_answer"] = float(starts_with(generated, record.target_new))
     if after.prompt_rivals or after.locality_rivals:
         wins = success(
             list(zip(after.prompt, after.prompt_rivals, strict=False)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import html.parser
 import json
 import math
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 import yaml
 
-from evaluation.data import Probe, Record
+from evaluation.data import HELD_TEXT, Probe, Record
 from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase
-from evaluation.leaderboard import COLUMNS, against, build, plots, row_of
+from evaluation.leaderboard import COLUMNS, against, build, load_jobs, plots, publish, row_of
 from evaluation.leaderboard.jobs import Job, mixed
 from evaluation.leaderboard.page import embedded
 from evaluation.leaderboard.rows import Row, model_name, told_apart
 
+METHODS = Path(__file__).parents[2] / "evaluation" / "conf" / "method"
 NASTY = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
 PROMISED = (
     "method", "dataset", "edits", "batch_size", "reliability", "generality", "locality", "portability",
@@ -271,6 +273,17 @@ def test_the_plots_are_there_in_both_forms(board: Path) -> None:
         assert "<svg" in (board / f"{name}.svg").read_text()
 
 
+def test_a_method_has_one_colour_and_marker_in_every_picture(board: Path) -> None:
+    rows = [row for row in build(board) if row.method != "unedited"]
+    named = [replace(row, method=name) for row, name in zip(rows, ("WISE", "CoachHooK (paper)", "Mine"), strict=True)]
+    styles = plots._styles(named)
+    for row in named[:2]:
+        assert plots._styles([row])[row.method] == styles[row.method]
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == 3
+    labels = [yaml.safe_load(path.read_text())["label"] for path in METHODS.glob("*.yaml")]
+    assert set(plots.KNOWN) <= set(labels)  # or else a method that was renamed takes another's
+
+
 def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, list[tuple[str, int]]] = {}
 
@@ -290,7 +303,7 @@ def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pyt
         Folder(folder).keep(replace(before, rows=before.rows[:edits]))
     build(tmp_path / "board")
     small, large = (f"towns, {edits} edits, consecutive, tiny" for edits in (2, 4))
-    assert [title for title, _ in drawn["retention"]] == 2 * ["reliability", "generality", "locality"]
+    assert [title.split(",")[0] for title, _ in drawn["retention"]] == 2 * ["reliability", "generality", "locality"]
     assert [lines for _, lines in drawn["retention"]] == [1, 1, 1, 2, 2, 2]
     assert [title.replace("\n", ", ") for title, _ in drawn["trade-off"]] == [small, large]
 
@@ -320,6 +333,63 @@ def test_results_of_the_toolkits_own_editor_become_a_row(tmp_path: Path) -> None
     assert found.metrics["seconds_per_edit"][0] == 1.5  # of a batch of two
     assert math.isnan(found.metrics["free_generation"][0])
     assert json.loads((tmp_path / "board/leaderboard.json").read_text())[0]["free_generation"] is None
+
+
+def test_what_is_published_has_every_figure_and_no_text_of_the_data(board: Path, tmp_path: Path) -> None:
+    """Or else a data set with terms of its own is given on with every result."""
+    single = board / "jobs/single"
+    job(single, "Single", 2, steps=())
+    change(single, protocol={"name": "single"})
+    journal = Folder(single)
+    for number in (0, 1):
+        rows = [row(i, i % 3 == 0) for i in (2 * number, 2 * number + 1)]
+        journal.keep(Phase(f"batch-{number:06d}", {"edits": 2, "held": [[100.0, 50], [120.0, 50]]}, rows))
+    theirs = board / "jobs/theirs"
+    job(theirs, "Theirs", 1)
+    shutil.rmtree(theirs / "phases")
+    change(theirs, protocol={"name": "edit"})
+    post = {"rewrite_acc": [1.0], "rephrase_acc": [0.5], "locality": {"n_acc": [0.25]}, "portability": {}}
+    asked = {"prompt": "Town 0 lies in"}
+    metrics = [{"requested_rewrite": asked, "case_id": f"r{i}", "post": post, "time": 3.0} for i in range(4)]
+    (theirs / TOOLKIT).write_text(json.dumps(metrics))
+    build(board)
+
+    public = tmp_path / "public"
+    assert publish(board, public) == publish(board, public) == 5
+    assert [job.folder.name for job in load_jobs(public)] == ["a", "b", "c", "single", "theirs"]
+    build(public)
+    for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md"):
+        assert (public / name).read_text() == (board / name).read_text()
+    texts = "".join(path.read_text() for path in public.rglob("*.*") if path.suffix not in (".png", ".svg"))
+    assert "record r2" in texts
+    assert not any(part in texts for part in ("Town", "Village", "rules"))
+    with pytest.raises(ValueError, match="publish them into another folder"):
+        publish(board, tmp_path / "public" / ".." / "board")
+    assert len(load_jobs(board)) == 5
+
+
+def test_whoever_has_the_data_reads_the_questions_of_what_is_published(board: Path, tmp_path: Path) -> None:
+    towns = tmp_path / "towns.json"
+    facts = [
+        {"case_id": f"r{i}", "prompt": f"Town {i} lies in", "subject": f"Town {i}", "target_new": "Rome",
+         "rephrase_prompt": f"People find Town {i} in", "locality_prompt": f"Village {i} lies in",
+         "locality_ground_truth": "Oslo"}
+        for i in range(4)
+    ]  # fmt: skip
+    towns.write_text(json.dumps(facts))
+    checksum = hashlib.sha256(towns.read_bytes()).hexdigest()
+    for name in "abc":
+        change(board / "jobs" / name, dataset={"checksum": checksum, "shape": None, "order": "first", "skip": 0})
+    public = tmp_path / "public"
+    publish(board, public)
+    build(public)
+    assert "Town 2 lies in" not in (public / "leaderboard.html").read_text()
+    rows = build(public, [HELD_TEXT, towns])
+    assert "Town 2 lies in" in (public / "leaderboard.html").read_text()
+    assert [row.to_dict() for row in rows] == [row.to_dict() for row in build(public)]
+    (public / "jobs/a" / RECORDS).write_text(json.dumps([{"case_id": "r1"}, {"case_id": "r0"}]))
+    with pytest.raises(ValueError, match=r"towns.json: read today, it has other records than a was made with"):
+        build(public, [towns])
 
 
 def test_a_batchs_time_in_the_toolkits_results_counts_once(tmp_path: Path) -> None:

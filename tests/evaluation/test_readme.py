@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from evaluation.journal import RECORDS
 from evaluation.leaderboard import load_jobs, row_of
-from evaluation.leaderboard.rows import COLUMNS, THREE, UNKNOWN, Row
+from evaluation.leaderboard.rows import COLUMNS, SCORES, UNKNOWN, Row
 from evaluation.protocol import METRICS
 from evaluation.readme import RESULTS, ROOT, TABLES, figures, filled
 
@@ -30,8 +31,16 @@ def test_the_committed_leaderboard_is_what_its_jobs_say() -> None:
     for job in jobs:
         found, told = row_of(job).to_dict(), committed[job.folder.name]
         assert (found["dataset"], found["edits"]) == (told["dataset"], told["edits"])
-        for name in THREE:
-            assert found[name] == pytest.approx(told[name], abs=1e-9), (job.folder.name, name)
+        for name in SCORES:
+            assert found[name] == (told[name] and pytest.approx(told[name], abs=1e-9)), (job.folder.name, name)
+
+
+def test_committed_jobs_hold_no_records_of_others() -> None:
+    """The data sets have terms of their own."""
+    lists = list(RESULTS.glob(f"**/{RECORDS}"))
+    assert lists
+    for path in lists:
+        assert all(set(record) == {"case_id"} for record in json.loads(path.read_text(encoding="utf-8"))), path
 
 
 def test_a_leaderboard_has_a_line_for_each_method_and_what_is_unknown_stays_empty() -> None:

@@ -14,10 +14,10 @@ from filelock import FileLock
 
 from evaluation import machine
 from evaluation.data import Probe, Record, load_facts
-from evaluation.journal import BUSY, LOCK
+from evaluation.journal import BUSY, LOCK, write_json
 from evaluation.processes import worker_environment
 from evaluation.sources import Dataset
-from evaluation.worker import left_alone, with_earlier, write
+from evaluation.worker import left_alone, with_earlier
 
 
 def record(number: int, neighbour: str | None) -> Record:
@@ -58,7 +58,7 @@ def test_a_run_that_goes_on_with_other_programs_tells_all_of_them(tmp_path: Path
     for torch, earlier in (("1", []), ("1", []), ("2", ["1"]), ("2", ["1"]), ("3", ["1", "2"])):
         told = with_earlier({"torch": torch}, path)
         assert told == {"torch": torch, **({"earlier": [{"torch": one} for one in earlier]} if earlier else {})}
-        write(path, told)
+        write_json(path, told)
 
 
 def test_folders_that_are_named_from_here_are_found_from_the_workers_folder(
@@ -94,8 +94,8 @@ def test_rows_from_unlike_machines_can_be_told_apart(tmp_path: Path, monkeypatch
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    write(tmp_path / "done.json", {"finished": "now"})
+    write_json(tmp_path / "done.json", {"finished": "now"})
     with pytest.raises(AttributeError):
-        write(tmp_path / "done.json", {"finished": object()})
+        write_json(tmp_path / "done.json", {"finished": object()})
     assert json.loads((tmp_path / "done.json").read_text()) == {"finished": "now"}
     assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
