@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.data import FACTS
+from evaluation.readme import RESULTS
 
 HERE = Path(__file__).parent
 
@@ -41,3 +42,17 @@ def test_scores_are_the_toolkits(version: str, tmp_path: Path) -> None:
     assert all(found.pop(f"changed, {side}") > 0 for side in ("left", "right")), "no answer changed: nothing compared"
     assert len(found) == 2 * 4
     assert all(worst <= 1e-6 for worst in found.values()), found
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "toolkit_equality").glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_figures_tell_what_was_compared_with_what(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found.pop("toolkit")
+    assert len(found.pop("sha256")) == 64
+    assert found.pop("records") == 100
+    sides = [{name: found.pop(f"{name}, {side}") for name in ("reliability", "generality", "locality", "changed")}
+             for side in ("left", "right")]  # fmt: skip
+    assert found.pop("figures") >= 2 * 3 * 100
+    assert set(found) in (set(), {"portability, left", "portability, right"})
+    assert all(0.1 < one.pop("changed") < 1 for one in sides)
+    assert all(worst <= 1e-6 for one in (*sides, found) for worst in one.values())
