@@ -55,8 +55,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             steps = sorted(of[scope]["margins"], key=int)
             for group, colour, marker in zip(GROUPS, COLOURS, MARKERS, strict=False):
                 rates = [np.mean(np.array(of[scope]["margins"][step][group]) >= 1) for step in steps]
-                style = {"color": colour, "marker": marker, "markersize": 5, "fillstyle": "none"}
-                axis.plot([int(step) for step in steps], rates, label=group, **style)
+                look = {"color": colour, "marker": marker, "markersize": 5, "fillstyle": "none"}
+                axis.plot([int(step) for step in steps], rates, label=group, **look)
             axis.set(ylim=(-0.02, 1.02), xlabel="edits so far", ylabel="share let in")
             axis.set_title(f"{dataset}: {scope}", loc="left", fontsize=10)
             axis.legend(frameon=False, fontsize=8, loc="center right")

@@ -17,10 +17,11 @@ parser.add_argument(
     "--data", metavar="FILE", type=Path, nargs="+", default=[], help="of data sets, for the page of what was published"
 )
 options = parser.parse_args()
+if options.publish and len(options.folders) > 1:
+    parser.error("--publish takes the jobs of one folder")
 for folder in options.folders:
     try:
-        if options.publish:
-            publish(folder, options.publish)
+        if options.publish and publish(folder, options.publish):
             folder = options.publish
         rows = build(folder, options.data)
     except (OSError, ValueError) as error:

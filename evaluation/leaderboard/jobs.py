@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..data import Probe, Record
+from ..data import FACTS, Probe, Record
 from ..journal import ABOUT, CONFIG, DONE, FAILED, RECORDS, TOOLKIT, Folder, Phase
 from ..protocol import BEFORE, Reading
 from ..sources import load_dataset
@@ -50,7 +50,7 @@ class Job:
         file = self.files.get(given["checksum"])
         if all("prompt" in row for row in rows) or file is None:
             return [_record(row) for row in rows]
-        choice = {name: given[name] for name in ("shape", "order", "skip")}
+        choice = {name: given[name] for name in ("shape", "order", "skip") if name in given}
         found = load_dataset(given["name"], len(rows), str(file), **choice).records
         if [record.case_id for record in found] != [row["case_id"] for row in rows]:
             raise ValueError(f"{file}: read today, it has other records than {self.folder.name} was made with")
@@ -102,10 +102,18 @@ def load_jobs(folder: Path, data: Sequence[Path] = ()) -> list[Job]:
     """Every finished job under `folder`.
 
     Args:
-        data: files of data sets, for published jobs, which hold no texts of their records.
+        data: files of data sets, for published jobs, which hold no questions; those of the shipped facts are known.
+
+    Raises:
+        ValueError: no job was made with one of the files.
     """
-    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in data}
-    return [Job(path.parent, files) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in (FACTS, *data)}
+    jobs = [Job(path.parent, files) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
+    used = {files.get(job.config["dataset"]["checksum"]) for job in jobs} if data else set()
+    for path in data:
+        if path not in used:
+            raise ValueError(f"{path}: no job under {folder} was made with this file, as its SHA-256 tells")
+    return jobs
 
 
 def mixed(jobs: Sequence[Job]) -> str:

@@ -29,6 +29,10 @@ KNOWN = (
     "MEMIT (our engine)",
     "UltraEdit",
     "WISE",
+    "EMMET",
+    "ROME",
+    "R-ROME",
+    "SimIE",
 )
 
 

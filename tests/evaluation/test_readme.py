@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.journal import RECORDS
+from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS
 from evaluation.leaderboard import load_jobs, row_of
 from evaluation.leaderboard.rows import COLUMNS, SCORES, UNKNOWN, Row
-from evaluation.protocol import METRICS
+from evaluation.protocol import METRICS, Reading
 from evaluation.readme import RESULTS, ROOT, TABLES, figures, filled
 
 
@@ -35,12 +35,24 @@ def test_the_committed_leaderboard_is_what_its_jobs_say() -> None:
             assert found[name] == (told[name] and pytest.approx(told[name], abs=1e-9)), (job.folder.name, name)
 
 
-def test_committed_jobs_hold_no_records_of_others() -> None:
-    """The data sets have terms of their own."""
-    lists = list(RESULTS.glob(f"**/{RECORDS}"))
-    assert lists
-    for path in lists:
-        assert all(set(record) == {"case_id"} for record in json.loads(path.read_text(encoding="utf-8"))), path
+def test_no_data_set_is_given_on_with_the_committed_results() -> None:
+    """Each has terms of its own. `python -m evaluation.leaderboard --publish` leaves their texts out."""
+    jobs = load_jobs(RESULTS / "leaderboard")
+    assert {path.parent for path in RESULTS.glob(f"**/{RECORDS}")} == {job.folder for job in jobs} != set()
+    for job in jobs:
+        files = {path.name for path in job.folder.iterdir()}
+        assert files == {ABOUT, CONFIG, DONE, RECORDS, "batches.jsonl", "phases"}
+        listed = json.loads((job.folder / RECORDS).read_text(encoding="utf-8"))
+        assert all(set(record) == {"case_id"} for record in listed)
+        tokens: dict[str, set[int]] = {}  # of a record's answers: counted through, not the tokenizer's
+        for name in job.journal.phases():
+            phase = job.journal.phase(name)
+            assert phase is not None
+            for row in phase.rows:
+                for answer in (one for group in Reading.__dataclass_fields__ for one in row.get(group, [])):
+                    tokens.setdefault(row["case_id"], set()).update(answer[0], answer[1])
+        assert len(tokens) == len(listed)
+        assert all(max(found) == len(found) - 1 for found in tokens.values()), job.folder.name
 
 
 def test_a_leaderboard_has_a_line_for_each_method_and_what_is_unknown_stays_empty() -> None:
