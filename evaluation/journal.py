@@ -19,6 +19,7 @@ from coachhook_plugin.cache import write_whole
 # Files of a run's folder that its process and its readers both know.
 CONFIG, DONE, FAILED = "config.yaml", "done.json", "failed.txt"
 RECORDS, ABOUT, TOOLKIT = "records.json", "about.json", "toolkit.json"
+BATCHES = "batches.jsonl"
 LOCK = ".worker.lock"
 BUSY = 75  # exit status of a worker that found another one in its folder
 
@@ -97,12 +98,12 @@ class Folder:
         return sorted(file.stem for file in (self.path / "phases").glob("*.jsonl"))
 
     def batches(self) -> list[dict[str, Any]]:
-        file = self.path / "batches.jsonl"
+        file = self.path / BATCHES
         return read_lines(file) if file.is_file() else []
 
     def keep_batch(self, entry: dict[str, Any], state: Callable[[], Any] | None) -> None:
         done = [*self.batches(), entry]
-        write_lines(self.path / "batches.jsonl", done)
+        write_lines(self.path / BATCHES, done)
         if state is not None and self.snapshots and len(done) % self.snapshots == 0:
             held = {"batches": len(done), "state": state()}
             write_whole(self._state_file, lambda stream: torch.save(held, stream))

@@ -10,6 +10,7 @@ import matplotlib
 
 # Distinguishable with every common kind of colour vision (Okabe and Ito), each with a marker of its own.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#a6761d", "#000000")
+GREY = COLOURS[6]
 MARKERS = "os^DvP*X<>"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .pictures import COLOURS, new_figure, save_figure
+from .pictures import COLOURS, GREY, new_figure, save_figure
 
 GROUPS = ("edited", "rephrased", "neighbours", "text")
 MARKERS = "os^D"
@@ -41,7 +41,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 row[0].plot(np.clip(x, NONE, 1), y, style, color=of_scope[scope], label=f"{scope}, {group}")
             let_in, reached = (np.mean(np.array(values) >= 1) for values in (last["text"], inside))
             row[0].plot(max(let_in, NONE), reached, "o", color=of_scope[scope], clip_on=False)
-        row[0].plot([], [], "o", color=COLOURS[6], label="threshold in use")
+        row[0].plot([], [], "o", color=GREY, label="threshold in use")
         row[0].set(xscale="log", xlim=(NONE / 1.3, 1), ylim=(0, 1.04), xlabel="share of other tokens let in")
         row[0].set_xticks([NONE, 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
         row[0].minorticks_off()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..pictures import COLOURS, new_figure, save_figure
+from ..pictures import COLOURS, GREY, new_figure, save_figure
 
 # figure: (what it is, the bar it shall reach, whether more is better)
 BARS: dict[str, tuple[str, float, bool]] = {
@@ -70,7 +70,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         again = figures["raw_batches"]["first_in_turn"]
         batches.plot(range(1, len(seconds) + 1), seconds, ".-", color=GOOD)
         late = range(len(seconds) - len(again) + 1, len(seconds) + 1)
-        batches.plot(late, again, ".-", color=COLOURS[6], label="the first one again, in turn")
+        batches.plot(late, again, ".-", color=GREY, label="the first one again, in turn")
         batches.legend(frameon=False, fontsize=8, loc="lower right")
         batches.set(xlabel="consecutive batch", ylim=(0, max(*seconds, *again) * 1.15))
         batches.set_title("Seconds per batch (4 steps, the same 10 facts)", loc="left", fontsize=10)

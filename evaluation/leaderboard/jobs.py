@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from coachhook_plugin.store.files import sha256
 
 from ..data import FACTS, Probe, Record
 from ..journal import ABOUT, CONFIG, DONE, FAILED, RECORDS, TOOLKIT, Folder, Phase
@@ -107,7 +108,7 @@ def load_jobs(folder: Path, data: Sequence[Path] = ()) -> list[Job]:
     Raises:
         ValueError: no job was made with one of the files.
     """
-    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in (FACTS, *data)}
+    files = {sha256(path): path for path in (FACTS, *data)}
     jobs = [Job(path.parent, files) for path in sorted((folder / "jobs").glob(f"*/{DONE}"))]
     used = {files.get(job.config["dataset"]["checksum"]) for job in jobs} if data else set()
     for path in data:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..journal import ABOUT, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase, write_json
+from ..journal import ABOUT, BATCHES, CONFIG, DONE, RECORDS, TOOLKIT, Folder, Phase, write_json
 from ..protocol import Reading
 from .jobs import Job, load_jobs
 from .rows import spoken
@@ -40,13 +40,12 @@ def publish(folder: Path, to: Path) -> int:
 def _copy(job: Job, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     copy = Folder(to)
-    for name in (ABOUT, CONFIG):
-        shutil.copyfile(job.folder / name, to / name)
+    for name in (ABOUT, CONFIG, BATCHES):
+        if (job.folder / name).is_file():  # the toolkit's own editor tells of no batches
+            shutil.copyfile(job.folder / name, to / name)
     write_json(to / RECORDS, [{"case_id": record.case_id} for record in job.records])
     if job.toolkit is not None:
         write_json(to / TOOLKIT, [{name: metric[name] for name in KEPT if name in metric} for metric in job.toolkit])
-    for batch in job.journal.batches():
-        copy.keep_batch(batch, None)
     numbers: list[dict[int, int]] = [{} for _ in job.records]
     for phase, first in _phases(job):
         rows = [

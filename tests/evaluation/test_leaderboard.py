@@ -304,7 +304,8 @@ def test_only_what_is_comparable_shares_a_panel(tmp_path: Path, monkeypatch: pyt
         Folder(folder).keep(replace(before, rows=before.rows[:edits]))
     build(tmp_path / "board")
     small, large = (f"towns, {edits} edits, consecutive, tiny" for edits in (2, 4))
-    assert [title.split(",")[0] for title, _ in drawn["retention"]] == 2 * ["reliability", "generality", "locality"]
+    scores = [f"{name}, share of tokens" for name in ("reliability", "generality", "locality")]
+    assert [title for title, _ in drawn["retention"]] == 2 * scores
     assert [lines for _, lines in drawn["retention"]] == [1, 1, 1, 2, 2, 2]
     assert [title.replace("\n", ", ") for title, _ in drawn["trade-off"]] == [small, large]
 

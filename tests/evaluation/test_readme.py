@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.journal import ABOUT, CONFIG, DONE, RECORDS
+from evaluation.journal import ABOUT, BATCHES, CONFIG, DONE, RECORDS
 from evaluation.leaderboard import load_jobs, row_of
 from evaluation.leaderboard.rows import COLUMNS, SCORES, UNKNOWN, Row
 from evaluation.protocol import METRICS, Reading
@@ -41,7 +41,7 @@ def test_no_data_set_is_given_on_with_the_committed_results() -> None:
     assert {path.parent for path in RESULTS.glob(f"**/{RECORDS}")} == {job.folder for job in jobs} != set()
     for job in jobs:
         files = {path.name for path in job.folder.iterdir()}
-        assert files == {ABOUT, CONFIG, DONE, RECORDS, "batches.jsonl", "phases"}
+        assert files == {ABOUT, CONFIG, DONE, RECORDS, BATCHES, "phases"}
         listed = json.loads((job.folder / RECORDS).read_text(encoding="utf-8"))
         assert all(set(record) == {"case_id"} for record in listed)
         tokens: dict[str, set[int]] = {}  # of a record's answers: counted through, not the tokenizer's
